@@ -1,0 +1,1 @@
+"""What data is: records, codecs, state layouts, tables, reasons and errors."""
