@@ -1,0 +1,211 @@
+"""Records to bytes and back: Avro single-object encoding.
+
+Bytes are ``C3 01``, the writer schema's CRC-64-AVRO fingerprint (little-endian), the Avro body
+(Avro 1.11 specification, 'Single-object encoding'). The fingerprint names the writer's schema, so a
+reader resolves what older writers wrote: current schemas are ``schemas/avro/*.avsc``, past ones
+stay in ``schemas/avro/old``. Field kinds convert as: ``timestamp-millis`` - aware UTC datetime;
+``long`` under a ``timedelta`` field - milliseconds; enum - ``Enum`` by value; array - tuple.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fastavro
+from fastavro.schema import fingerprint, to_parsing_canonical_form
+
+from schemas import records, state
+from schemas.errors import MalformedRecord, UnknownSchema
+
+T = TypeVar("T")
+Convert = Callable[[Any], Any]
+
+MARKER = b"\xc3\x01"
+HEADER_BYTES = 10
+_FOLDER = Path(__file__).parent / "avro"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+
+
+def to_millis(moment: datetime) -> int:
+    """Milliseconds since 1970 of an aware datetime, rounded down."""
+    return (moment - _EPOCH) // _MILLISECOND
+
+
+def from_millis(millis: int) -> datetime:
+    """The aware UTC datetime of milliseconds since 1970."""
+    return _EPOCH + timedelta(milliseconds=millis)
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _converters(hint: Any) -> tuple[Convert, Convert]:
+    """Functions (to Avro, from Avro) of a type hint; identity functions where nothing changes."""
+    hint = getattr(hint, "__supertype__", hint)
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = (one for one in arguments if one is not type(None))
+        write, read = _converters(inner)
+        if write is _identity:
+            return _identity, _identity
+        return (
+            lambda value: None if value is None else write(value),
+            lambda value: None if value is None else read(value),
+        )
+    if origin is tuple:
+        write, read = _converters(arguments[0])
+        if write is _identity:
+            return _identity, tuple
+        return (
+            lambda value: [write(one) for one in value],
+            lambda value: tuple(read(one) for one in value),
+        )
+    if origin is Mapping or origin is dict or origin is typing.get_origin(Mapping[str, str]):
+        return dict, _identity
+    if hint is datetime:
+        return to_millis, from_millis
+    if hint is timedelta:
+        return (
+            lambda value: value // _MILLISECOND,
+            lambda value: timedelta(milliseconds=value),
+        )
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return (lambda value: value.value), hint
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _record_converters(hint)
+    return _identity, _identity
+
+
+@cache
+def _record_converters(record: type) -> tuple[Convert, Convert]:
+    hints = typing.get_type_hints(record)
+    plan = [(one.name, *_converters(hints[one.name])) for one in fields(record)]
+    plain = [name for name, write, _ in plan if write is _identity]
+    changed = [(name, write) for name, write, _ in plan if write is not _identity]
+    reads = [(name, read) for name, _, read in plan if read is not _identity]
+
+    def write_record(value: Any) -> dict[str, Any]:
+        data = {name: getattr(value, name) for name in plain}
+        for name, write in changed:
+            data[name] = write(getattr(value, name))
+        return data
+
+    def read_record(data: dict[str, Any]) -> Any:
+        for name, read in reads:
+            data[name] = read(data[name])
+        return record(**data)
+
+    return write_record, read_record
+
+
+class _Schemas:
+    """All schemas on disk: the current one of each record, and every writer's by fingerprint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.current: dict[str, Any] = {}
+        self.header: dict[str, bytes] = {}
+        self.writers: dict[bytes, tuple[str, Any]] = {}
+        for path in sorted(folder.glob("*.avsc")):
+            name, parsed, mark = _load(path)
+            self.current[name] = parsed
+            self.header[name] = MARKER + mark
+            self.writers[mark] = (name, parsed)
+        for path in sorted((folder / "old").glob("*.avsc")):
+            name, parsed, mark = _load(path)
+            self.writers.setdefault(mark, (name, parsed))
+
+
+def _load(path: Path) -> tuple[str, Any, bytes]:
+    raw = json.loads(path.read_text())
+    parsed = fastavro.parse_schema(raw)
+    mark = bytes.fromhex(fingerprint(to_parsing_canonical_form(raw), "CRC-64-AVRO"))
+    return str(raw["name"]).rpartition(".")[2], parsed, mark
+
+
+_SCHEMAS = _Schemas(_FOLDER)
+
+
+def _known(name: str) -> type:
+    found: type = getattr(records, name, None) or getattr(state, name)
+    return found
+
+
+def encode(record: object) -> bytes:
+    """The single-object bytes of a record of ``schemas.records`` or ``schemas.state``."""
+    name = type(record).__name__
+    write, _ = _record_converters(type(record))
+    buffer = io.BytesIO()
+    buffer.write(_SCHEMAS.header[name])
+    fastavro.schemaless_writer(buffer, _SCHEMAS.current[name], write(record))
+    return buffer.getvalue()
+
+
+def decode(data: bytes, record: type[T]) -> T:
+    """The record in ``data``, whichever known version wrote it.
+
+    Raises:
+        UnknownSchema: the fingerprint is no known writer's, or another record's.
+        MalformedRecord: not single-object encoding, cut short, or values that the record refuses.
+    """
+    if data[:2] != MARKER or len(data) < HEADER_BYTES:
+        raise MalformedRecord(
+            f"expected a {record.__name__} in Avro single-object encoding (C3 01 …), got "
+            f"{len(data)} bytes beginning {data[:2].hex(' ')!r}; see README, 'Producers'"
+        )
+    mark = data[2:HEADER_BYTES]
+    known = _SCHEMAS.writers.get(mark)
+    if known is None or known[0] != record.__name__:
+        whose = "no known schema has" if known is None else f"belongs to {known[0]}"
+        raise UnknownSchema(
+            f"expected a {record.__name__}; the fingerprint {mark.hex()} {whose}: "
+            "deploy the readers before the writers, or write schemas/avro's schema"
+        )
+    _, read = _record_converters(record)
+    buffer = io.BytesIO(data)
+    buffer.seek(HEADER_BYTES)
+    try:
+        body = fastavro.schemaless_reader(buffer, known[1], _SCHEMAS.current[record.__name__])
+        if buffer.tell() != len(data):
+            raise MalformedRecord(
+                f"{len(data) - buffer.tell()} bytes follow the {record.__name__}; one record a value"
+            )
+        value: T = read(body)
+    except MalformedRecord:
+        raise
+    except Exception as error:
+        raise MalformedRecord(
+            f"a {record.__name__} with a known schema does not decode: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return value
+
+
+def name_of(data: bytes) -> str | None:
+    """The record name that a value's fingerprint says, or None for what is not ours."""
+    if data[:2] != MARKER:
+        return None
+    known = _SCHEMAS.writers.get(data[2:HEADER_BYTES])
+    return None if known is None else known[0]
+
+
+def schema_of(record: type) -> Any:
+    """The current parsed Avro schema of a record class."""
+    return _SCHEMAS.current[record.__name__]
+
+
+def record_classes() -> tuple[type, ...]:
+    """Every record class that has a schema on disk."""
+    return tuple(_known(name) for name in sorted(_SCHEMAS.current))

@@ -1,0 +1,109 @@
+"""State layouts: what Flink keeps for us, as our own versioned bytes.
+
+Never pickled classes: a class may be renamed, old bytes must still load. Golden bytes of every
+past layout are kept in ``tests/schemas/golden``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from schemas.ids import LegId, ObjectId, RunId, SnapshotId, Tenant
+from schemas.reasons import RunStatus
+from schemas.records import ConsentStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ConsentEntry:
+    """The latest word on one channel and topic (each may be ``*``)."""
+
+    channel: str
+    topic: str
+    status: ConsentStatus
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A message counted against the caps, keyed by run and leg.
+
+    ``settled`` means kept (accepted or unknown): it leaves only by age. While not settled it is
+    counted in every window, whatever its age.
+    """
+
+    run: RunId
+    leg: LegId
+    generation: int
+    at: datetime
+    channel: str
+    category: str
+    settled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RecipientState:
+    """All that decide remembers of a person."""
+
+    tenant: Tenant
+    consents: tuple[ConsentEntry, ...]
+    reservations: tuple[Reservation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LegState:
+    """Where a leg stands: per shard the next page never ordered."""
+
+    leg: LegId
+    cursors: tuple[int, ...]
+    open: int
+    """Recipients ordered and not resolved."""
+    unordered: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Coordinate's memory of a run, without its orders and deferrals."""
+
+    tenant: Tenant
+    run: RunId
+    campaign: str
+    spec: ObjectId
+    snapshot: SnapshotId
+    status: RunStatus
+    version: int
+    """Counts status and rate changes; what Redis holds is compared by it."""
+    published_version: int
+    """The version that Redis is known to have."""
+    ledger_ready: bool
+    legs: tuple[LegState, ...]
+    deferred: int
+    rate_per_second: float | None
+    commands: tuple[str, ...]
+    """Ids of commands already carried out or refused."""
+    start_at: datetime | None
+    deadline: datetime
+    launched_at: datetime
+    generations: tuple[str, ...] = ()
+    """``leg:shard:page:generation`` of pages whose highest generation is above zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOrder:
+    """An order whose ordinals are not all resolved."""
+
+    generation: int
+    unresolved: bytes
+    ordered_at: datetime
+    heard: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSend:
+    """Delivery's memory of a ``Send``: which of its recipients are still owed an outcome."""
+
+    send: bytes
+    unresolved: bytes
+    attempts: tuple[int, ...]
+    """Parallel to the unresolved ordinals, ascending; empty when none was tried."""
+    first_at: datetime
