@@ -1,0 +1,42 @@
+# Fanfare. `make demo` shows a campaign, `make test` shows that it is right.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup check test demo down up format clean
+help:            ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/:/' | column -t -s:
+
+setup: $(STAMP)  ## make .venv with everything in it
+$(STAMP): setup.py
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is missing: apt-get install python3.11 python3.11-venv, or pyenv install 3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'setuptools<80' wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+check: $(STAMP)  ## format, lint, types and layers: what CI runs
+	$(BIN)/ruff format --check . || { echo "run: make format"; exit 1; }
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## format the code and fix what can be fixed
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+test: $(STAMP)   ## all tests, on real servers
+	$(BIN)/python -m pytest
+
+up: $(STAMP)     ## start the embedded stack
+	$(BIN)/fanfare up
+
+demo: $(STAMP)   ## a campaign of 100,000 people, end to end
+	$(BIN)/fanfare demo
+
+down: $(STAMP)   ## stop the embedded stack
+	$(BIN)/fanfare down
+
+clean:           ## remove the virtual environment and all data of the stack
+	-test ! -x $(BIN)/fanfare || $(BIN)/fanfare down
+	rm -rf $(VENV) .fanfare build dist *.egg-info
