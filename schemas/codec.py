@@ -138,6 +138,10 @@ def _load(path: Path) -> tuple[str, Any, bytes]:
 _SCHEMAS = _Schemas(_FOLDER)
 
 
+def _converters_of(record: Any) -> tuple[Convert, Convert]:
+    return _record_converters(record)
+
+
 def _known(name: str) -> type:
     found: type = getattr(records, name, None) or getattr(state, name)
     return found
@@ -146,7 +150,7 @@ def _known(name: str) -> type:
 def encode(record: object) -> bytes:
     """The single-object bytes of a record of ``schemas.records`` or ``schemas.state``."""
     name = type(record).__name__
-    write, _ = _record_converters(type(record))
+    write, _ = _converters_of(type(record))
     buffer = io.BytesIO()
     buffer.write(_SCHEMAS.header[name])
     fastavro.schemaless_writer(buffer, _SCHEMAS.current[name], write(record))
@@ -173,7 +177,7 @@ def decode(data: bytes, record: type[T]) -> T:
             f"expected a {record.__name__}; the fingerprint {mark.hex()} {whose}: "
             "deploy the readers before the writers, or write schemas/avro's schema"
         )
-    _, read = _record_converters(record)
+    _, read = _converters_of(record)
     buffer = io.BytesIO(data)
     buffer.seek(HEADER_BYTES)
     try:
@@ -209,3 +213,38 @@ def schema_of(record: type) -> Any:
 def record_classes() -> tuple[type, ...]:
     """Every record class that has a schema on disk."""
     return tuple(_known(name) for name in sorted(_SCHEMAS.current))
+
+
+def leading_strings(data: bytes, count: int) -> tuple[str, ...]:
+    """The first ``count`` string fields of a record, without decoding the rest.
+
+    Records that are routed by them keep them first for ever: tenant and run of ``PageResult``,
+    ``Outcomes``, ``Send`` and ``PageOrder`` (then leg …), the command's id, tenant and run.
+
+    Raises:
+        MalformedRecord: the bytes end before.
+    """
+    found: list[str] = []
+    at = HEADER_BYTES
+    try:
+        for _ in range(count):
+            length, at = _read_long(data, at)
+            if length < 0 or at + length > len(data):
+                raise MalformedRecord(f"a string of {length} bytes at {at} passes the end")
+            found.append(data[at : at + length].decode())
+            at += length
+    except (IndexError, UnicodeDecodeError) as error:
+        raise MalformedRecord(f"expected {count} strings at the beginning: {error}") from error
+    return tuple(found)
+
+
+def _read_long(data: bytes, at: int) -> tuple[int, int]:
+    """A zig-zag variable-length long and where the next value begins."""
+    shift = value = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return (value >> 1) ^ -(value & 1), at
+        shift += 7

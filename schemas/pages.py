@@ -55,3 +55,45 @@ def delivery_key(shard: int) -> int:
 def full_bitmap(count: int) -> int:
     """The bitmap of the first ``count`` indexes."""
     return (1 << count) - 1
+
+
+_MASK = 0xFFFFFFFF
+_ROW_HASH = 62
+
+
+def _rotate(code: int, by: int) -> int:
+    return ((code << by) | (code >> (32 - by))) & _MASK
+
+
+def key_group(key: int, groups: int) -> int:
+    """The key group that Flink gives PyFlink's integer key.
+
+    PyFlink keys by a Row of one field, whose hash is 62 + the integer (``RowUtils``), and Flink
+    spreads hashes by Murmur3 (``MathUtils.murmurHash``). A test compares with Flink itself.
+    """
+    code = (_ROW_HASH + key) & _MASK
+    code = code * 0xCC9E2D51 & _MASK
+    code = _rotate(code, 15) * 0x1B873593 & _MASK
+    code = (_rotate(code, 13) * 5 + 0xE6546B64) & _MASK
+    code ^= 4
+    code = (code ^ code >> 16) * 0x85EBCA6B & _MASK
+    code = (code ^ code >> 13) * 0xC2B2AE35 & _MASK
+    code ^= code >> 16
+    signed = code - (1 << 32) if code >> 31 else code
+    return abs(signed) % groups
+
+
+def _keys(groups: int) -> tuple[int, ...]:
+    found: dict[int, int] = {}
+    key = 0
+    while len(found) < groups:
+        found.setdefault(key_group(key, groups), key)
+        key += 1
+    return tuple(found[group] for group in range(groups))
+
+
+SHARD_KEYS = _keys(SHARDS)
+"""The Flink key of each shard: its key group *is* the shard. 256 consecutive integers would fill
+only 160 of 256 key groups."""
+DELIVERY_FLINK_KEYS = _keys(DELIVERY_KEYS)
+"""The Flink key of each delivery key, likewise, in a job of that maximum parallelism."""

@@ -52,18 +52,22 @@ class RecipientState:
 
 @dataclass(frozen=True, slots=True)
 class LegState:
-    """Where a leg stands: per shard the next page never ordered."""
+    """Where a leg stands.
+
+    Pages are ordered across shards: all first pages, then all second pages. ``next_page`` and
+    ``next_shard`` are the first page never ordered, so they are the cursors of all 256 shards.
+    """
 
     leg: LegId
-    cursors: tuple[int, ...]
-    open: int
-    """Recipients ordered and not resolved."""
+    next_page: int
+    next_shard: int
     unordered: int
+    """Recipients in pages never ordered."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """Coordinate's memory of a run, without its orders and deferrals."""
+    """Coordinate's memory of a run, without its pages (see ``PageState``)."""
 
     tenant: Tenant
     run: RunId
@@ -72,20 +76,19 @@ class RunState:
     snapshot: SnapshotId
     status: RunStatus
     version: int
-    """Counts status and rate changes; what Redis holds is compared by it."""
+    """Grows with every change of status or rate; what Redis holds is compared by it."""
     published_version: int
     """The version that Redis is known to have."""
     ledger_ready: bool
     legs: tuple[LegState, ...]
-    deferred: int
+    shard_counts: tuple[int, ...]
+    """Recipients of each shard of the snapshot."""
     rate_per_second: float | None
     commands: tuple[str, ...]
     """Ids of commands already carried out or refused."""
     start_at: datetime | None
     deadline: datetime
     launched_at: datetime
-    generations: tuple[str, ...] = ()
-    """``leg:shard:page:generation`` of pages whose highest generation is above zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,29 @@ class OpenOrder:
 
     generation: int
     unresolved: bytes
+    """Bitmap of the page."""
     ordered_at: datetime
     heard: bool
+    """Whether decide's result has come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deferral:
+    """Recipients of a page that are to be ordered again at ``wake``."""
+
+    wake: datetime
+    ordinals: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PageState:
+    """What is open of a page of a leg; kept afterwards while its generation is above zero."""
+
+    generation: int
+    """The highest given so far."""
+    orders: tuple[OpenOrder, ...]
+    """Disjoint from each other and from the deferrals."""
+    deferrals: tuple[Deferral, ...]
 
 
 @dataclass(frozen=True, slots=True)

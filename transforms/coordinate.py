@@ -1,0 +1,736 @@
+"""Coordinate: the state machine of a run.
+
+``Coordinator`` takes commands, decide's results, delivery's outcomes and ticks of the clock,
+changes the memory of one run and answers with ``Effects``: page orders, closings, audit events, a
+status to publish, a ledger to create. It has no clock, no client and no engine; the shell loads,
+steps, saves and emits.
+
+Three counts part a leg's recipients that have no final outcome: *unordered* (in pages behind the
+cursor), *open* (in orders, unresolved) and *deferred*. Their sum is *pending*; when it is zero in a
+running run, the run is completed. An outcome counts if its generation is that of the order which
+holds the ordinal; ``accepted`` and ``unknown`` always count. Folding twice changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+
+from schemas.codec import to_millis
+from schemas.ids import LegId, ObjectId, derive, run_key
+from schemas.pages import PAGE_SIZE, bitmap_bytes, bitmap_from, bitmap_of, full_bitmap, indexes_of
+from schemas.reasons import Outcome, Reason, RunStatus
+from schemas.records import (
+    CampaignSpec,
+    Command,
+    CommandKind,
+    OutcomeGroup,
+    Outcomes,
+    PageOrder,
+    PageResult,
+    RunEvent,
+)
+from schemas.state import Deferral, LegState, OpenOrder, PageState, RunState
+
+PageKey = tuple[LegId, int, int]
+"""Leg, shard, page."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatePolicy:
+    """What a deployment decides of coordinating.
+
+    ``window``: recipients of a leg that may be open at once where no rate is set.
+    ``window_time``: where a rate is set, the window is what the rate needs in this time: it must
+    cover a transaction's commit, delivery and the way back.
+    ``silence``: an order whose result was not heard for so long is given again; it must exceed the
+    longest that a Kafka transaction may live.
+    ``closings_per_step``: pages of a cancelled or expired run that are closed in one step.
+    """
+
+    window: int = 100_000
+    window_time: timedelta = timedelta(seconds=12)
+    silence: timedelta = timedelta(minutes=20)
+    closings_per_step: int = 200
+    progress_interval: timedelta = timedelta(seconds=2)
+    remembered_commands: int = 1000
+    blocked_look: timedelta = timedelta(milliseconds=200)
+    """How soon due deferrals that found the window full are looked at again."""
+
+    def room(self, rate_per_second: float | None) -> int:
+        """How many recipients of a leg may be open at once, at least one page."""
+        if rate_per_second is None:
+            return self.window
+        wanted = int(rate_per_second * self.window_time.total_seconds())
+        return max(4 * PAGE_SIZE, min(self.window, wanted))
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchFacts:
+    """What the shell found when it looked at what a launch names."""
+
+    spec: ObjectId
+    shard_counts: tuple[int, ...]
+    problems: tuple[str, ...] = ()
+    """Not empty: the launch is refused with these."""
+
+
+@dataclass(slots=True)
+class Effects:
+    """What a step asks of the world."""
+
+    orders: list[PageOrder] = field(default_factory=list)
+    closings: list[Outcomes] = field(default_factory=list)
+    """Recipients closed without delivery: cancelled or expired before they were sent."""
+    events: list[RunEvent] = field(default_factory=list)
+    publish: bool = False
+    """Whether Redis must learn the run's status (``RunState.version`` is not published yet)."""
+    create_ledger: bool = False
+
+
+@dataclass(slots=True)
+class RunMemory:
+    """All memory of one run. ``dirty`` names the pages that a step changed."""
+
+    run: RunState | None = None
+    pages: dict[PageKey, PageState] = field(default_factory=dict)
+    dirty: set[PageKey] = field(default_factory=set)
+    last_progress: tuple[datetime, tuple[int, ...]] | None = None
+    """Not kept across a restart: when progress was last told, and what."""
+    open_by_leg: dict[LegId, int] = field(default_factory=dict)
+    deferred_by_leg: dict[LegId, int] = field(default_factory=dict)
+    next_look: datetime | None = None
+    """Earliest moment at which a page may need attention (deferral due, order silent)."""
+
+    def recount(self) -> None:
+        """Derive the counts from the pages, after the memory was loaded."""
+        self.open_by_leg.clear()
+        self.deferred_by_leg.clear()
+        for key, page in self.pages.items():
+            self._count(key[0], page, +1)
+        self.next_look = None
+
+    def _count(self, leg: LegId, page: PageState, sign: int) -> None:
+        opened = sum(bitmap_from(one.unresolved).bit_count() for one in page.orders)
+        put_off = sum(bitmap_from(one.ordinals).bit_count() for one in page.deferrals)
+        self.open_by_leg[leg] = self.open_by_leg.get(leg, 0) + sign * opened
+        self.deferred_by_leg[leg] = self.deferred_by_leg.get(leg, 0) + sign * put_off
+
+    def put(self, key: PageKey, page: PageState) -> None:
+        """Replace a page, keep the counts, and forget it where nothing is left to remember."""
+        before = self.pages.get(key)
+        if before is not None:
+            self._count(key[0], before, -1)
+        self._count(key[0], page, +1)
+        if page.generation == 0 and not page.orders and not page.deferrals:
+            self.pages.pop(key, None)
+        else:
+            self.pages[key] = page
+        self.dirty.add(key)
+
+    @property
+    def unordered(self) -> int:
+        """Recipients in pages never ordered; none in a run that closed."""
+        if self.run is None or self.run.status.terminal:
+            return 0
+        return sum(leg.unordered for leg in self.run.legs)
+
+    @property
+    def open(self) -> int:
+        """Recipients in orders, unresolved."""
+        return sum(self.open_by_leg.values())
+
+    @property
+    def deferred(self) -> int:
+        """Recipients waiting to be decided again; none in a run that closed."""
+        if self.run is None or self.run.status.terminal:
+            return 0
+        return sum(self.deferred_by_leg.values())
+
+    @property
+    def pending(self) -> int:
+        """Recipients without a final outcome."""
+        return self.unordered + self.open + self.deferred
+
+
+def page_count(shard_count: int) -> int:
+    """How many pages a shard of so many recipients has."""
+    return -(-shard_count // PAGE_SIZE)
+
+
+def recipients_of_page(shard_count: int, page: int) -> int:
+    """How many recipients a page of a shard holds."""
+    return max(0, min(PAGE_SIZE, shard_count - page * PAGE_SIZE))
+
+
+class Coordinator:
+    """Steps of one run. Every method takes ``now`` and changes ``memory``."""
+
+    def __init__(self, memory: RunMemory, policy: CoordinatePolicy) -> None:
+        self.memory = memory
+        self.policy = policy
+
+    # commands
+
+    def on_command(self, command: Command, now: datetime, facts: LaunchFacts | None) -> Effects:
+        """Carry out a command, or refuse it with a reason; a repeated ``command_id`` is nothing."""
+        effects = Effects()
+        run = self.memory.run
+        if run is not None and command.command_id in run.commands:
+            return effects
+        if command.kind is CommandKind.LAUNCH:
+            self._launch(command, now, facts, effects)
+        elif run is None:
+            effects.events.append(_refusal_without_run(command, now))
+        else:
+            problem = self._act(run, command, now)
+            run = self._run
+            remembered = (*run.commands, command.command_id)[-self.policy.remembered_commands :]
+            self.memory.run = replace(run, commands=remembered)
+            self._tell(effects, now, command, problem)
+        self._advance(now, effects)
+        return effects
+
+    def _launch(
+        self, command: Command, now: datetime, facts: LaunchFacts | None, effects: Effects
+    ) -> None:
+        spec = command.launch
+        if self.memory.run is not None:
+            self._tell(effects, now, command, "this run exists already: launch under another name")
+            return
+        if spec is None or facts is None:
+            effects.events.append(_refusal_without_run(command, now, "a launch needs its campaign"))
+            return
+        problems = facts.problems
+        if spec.deadline <= now:
+            problems = (*problems, f"deadline {spec.deadline.isoformat()} is in the past")
+        status = RunStatus.RUNNING
+        if spec.start_at is not None and spec.start_at > now:
+            status = RunStatus.SCHEDULED
+        audience = sum(facts.shard_counts)
+        first = next((s for s, count in enumerate(facts.shard_counts) if count), 0)
+        self.memory.run = RunState(
+            tenant=spec.tenant,
+            run=spec.run,
+            campaign=spec.campaign,
+            spec=facts.spec,
+            snapshot=spec.snapshot,
+            status=RunStatus.REFUSED if problems else status,
+            version=to_millis(now),
+            published_version=0,
+            ledger_ready=False,
+            legs=()
+            if problems
+            else tuple(LegState(leg.leg, 0, first, audience) for leg in spec.legs),
+            shard_counts=() if problems else facts.shard_counts,
+            rate_per_second=spec.rate_per_second,
+            commands=(command.command_id,),
+            start_at=spec.start_at,
+            deadline=spec.deadline,
+            launched_at=now,
+        )
+        self._tell(effects, now, command, "; ".join(problems), launched=True)
+
+    def _act(self, run: RunState, command: Command, now: datetime) -> str:
+        """Change the run as the command says; what is returned refuses it."""
+        kind = command.kind
+        status = run.status
+        if kind is CommandKind.REORDER:
+            return self._reorder(run, command, now)
+        if status.terminal:
+            return f"the run is {status.value}: nothing of it can be changed"
+        if kind is CommandKind.PAUSE:
+            if status is RunStatus.PAUSED:
+                return "the run is paused already"
+            self._set_status(RunStatus.PAUSED, now)
+        elif kind is CommandKind.RESUME:
+            if status is not RunStatus.PAUSED:
+                return f"the run is {status.value}, not paused"
+            waiting = run.start_at is not None and run.start_at > now
+            self._set_status(RunStatus.SCHEDULED if waiting else RunStatus.RUNNING, now)
+        elif kind is CommandKind.CANCEL:
+            self._set_status(RunStatus.CANCELLED, now)
+        elif kind is CommandKind.SET_RATE:
+            rate = command.rate_per_second
+            if rate is not None and rate <= 0:
+                return f"a rate must be above 0 a second, got {rate:g}; use pause to stop"
+            self.memory.run = replace(run, rate_per_second=rate, version=_later(run, now))
+        return ""
+
+    def _reorder(self, run: RunState, command: Command, now: datetime) -> str:
+        if run.status in (RunStatus.CANCELLED, RunStatus.EXPIRED, RunStatus.REFUSED):
+            return f"the run is {run.status.value}: nothing is ordered again"
+        if now >= run.deadline:
+            return f"the run's deadline {run.deadline.isoformat()} has passed"
+        legs = {leg.leg: leg for leg in run.legs}
+        for one in command.reorders:
+            leg = legs.get(one.leg)
+            if leg is None:
+                return f"the run has no leg {one.leg!r}; it has {', '.join(legs)}"
+            size = recipients_of_page(
+                run.shard_counts[one.shard] if 0 <= one.shard < len(run.shard_counts) else 0,
+                one.page,
+            )
+            bits = bitmap_from(one.ordinals)
+            if not bits or bits > full_bitmap(size):
+                return f"page {one.page} of shard {one.shard} has {size} recipients, not these"
+            if (one.page, one.shard) >= (leg.next_page, leg.next_shard):
+                return f"page {one.page} of shard {one.shard} was not ordered yet"
+        for one in command.reorders:
+            key = (one.leg, one.shard, one.page)
+            page = self._page(key)
+            bits = bitmap_from(one.ordinals) & ~_held(page)
+            if bits:
+                self._defer(key, page, bits, now)
+        if run.status is RunStatus.COMPLETED:
+            self._set_status(RunStatus.RUNNING, now)
+        return ""
+
+    # what comes back
+
+    def on_result(self, result: PageResult, now: datetime) -> Effects:
+        """Fold what decide said of an order; a result that was heard before is nothing."""
+        effects = Effects()
+        if self.memory.run is None:
+            return effects
+        key = (result.leg, result.shard, result.page)
+        page = self.memory.pages.get(key)
+        order = _order_of(page, result.generation)
+        if page is not None and order is not None and not order.heard:
+            unresolved = bitmap_from(order.unresolved)
+            for skip in result.skips:
+                unresolved &= ~bitmap_from(skip.ordinals)
+            put_off: list[Deferral] = []
+            for group in result.deferrals:
+                bits = bitmap_from(group.ordinals) & unresolved
+                unresolved &= ~bits
+                if bits:
+                    put_off.append(Deferral(group.until, bitmap_bytes(bits)))
+            heard = replace(order, unresolved=bitmap_bytes(unresolved), heard=True)
+            page = _with_order(page, heard)
+            self.memory.put(key, replace(page, deferrals=(*page.deferrals, *put_off)))
+            self._look_at(min((one.wake for one in put_off), default=None))
+        self._advance(now, effects)
+        return effects
+
+    def on_outcomes(self, outcomes: Outcomes, now: datetime) -> Effects:
+        """Fold delivery's outcomes of one page. At least once, in any order."""
+        effects = Effects()
+        if self.memory.run is None:
+            return effects
+        key = (outcomes.leg, outcomes.shard, outcomes.page)
+        for group in outcomes.groups:
+            page = self.memory.pages.get(key)
+            if page is None:
+                break
+            bits = bitmap_of(group.indexes)
+            if group.outcome in (Outcome.ACCEPTED, Outcome.UNKNOWN):
+                self.memory.put(key, _without(page, bits))
+                continue
+            order = _order_of(page, group.generation)
+            if order is None:
+                continue
+            hit = bitmap_from(order.unresolved) & bits
+            if not hit:
+                continue
+            left = bitmap_from(order.unresolved) & ~hit
+            page = _with_order(page, replace(order, unresolved=bitmap_bytes(left), heard=True))
+            self.memory.put(key, page)
+            if group.outcome is Outcome.STALE:
+                self._defer(key, page, hit, now)
+        self._advance(now, effects)
+        return effects
+
+    def on_tick(self, now: datetime) -> Effects:
+        """What time brings: start, deadline, due deferrals, silent orders, progress."""
+        effects = Effects()
+        if self.memory.run is None:
+            return effects
+        self._advance(now, effects)
+        return effects
+
+    # what the shell did
+
+    def on_published(self, version: int) -> None:
+        """Redis has the run's status as of ``version``."""
+        run = self._run
+        if version > run.published_version:
+            self.memory.run = replace(run, published_version=version)
+
+    def on_ledger_created(self, now: datetime) -> Effects:
+        """The ledger of the run exists: pages may be ordered."""
+        effects = Effects()
+        self.memory.run = replace(self._run, ledger_ready=True)
+        self._advance(now, effects)
+        return effects
+
+    # inside
+
+    @property
+    def _run(self) -> RunState:
+        run = self.memory.run
+        if run is None:
+            raise AssertionError("a step of a run that was not launched")
+        return run
+
+    def _page(self, key: PageKey) -> PageState:
+        return self.memory.pages.get(key) or PageState(0, (), ())
+
+    def _set_status(self, status: RunStatus, now: datetime) -> None:
+        run = self._run
+        self.memory.run = replace(run, status=status, version=_later(run, now))
+        self.memory.next_look = None
+
+    def _look_at(self, moment: datetime | None) -> None:
+        look = self.memory.next_look
+        if moment is not None and look is not None and moment < look:
+            self.memory.next_look = moment
+
+    def _defer(self, key: PageKey, page: PageState, bits: int, wake: datetime) -> None:
+        deferral = Deferral(wake, bitmap_bytes(bits))
+        self.memory.put(key, replace(page, deferrals=(*page.deferrals, deferral)))
+        self._look_at(wake)
+
+    def _advance(self, now: datetime, effects: Effects) -> None:
+        """Bring the run as far as it can go now."""
+        run = self.memory.run
+        if run is None:
+            return
+        if not run.status.terminal and now >= run.deadline:
+            self._set_status(RunStatus.EXPIRED, now)
+            self._tell(effects, now, None, "")
+        elif run.status is RunStatus.SCHEDULED and (run.start_at is None or now >= run.start_at):
+            self._set_status(RunStatus.RUNNING, now)
+            self._tell(effects, now, None, "")
+        run = self._run
+        if run.status in (RunStatus.CANCELLED, RunStatus.EXPIRED):
+            self._close(now, effects)
+        elif run.status is RunStatus.RUNNING and run.ledger_ready:
+            self._attend(now, effects)
+            self._fill(now, effects)
+            if self.memory.pending == 0:
+                self._set_status(RunStatus.COMPLETED, now)
+                self._tell(effects, now, None, "")
+        run = self._run
+        effects.create_ledger = not run.ledger_ready and not run.status.terminal
+        effects.publish = (
+            run.published_version < run.version and run.status is not RunStatus.REFUSED
+        )
+        self._progress(now, effects)
+
+    def _attend(self, now: datetime, effects: Effects) -> None:
+        """Re-order what is due or silent, within the window; remember when to look again."""
+        look = self.memory.next_look
+        if look is not None and now < look:
+            return
+        soonest: datetime | None = None
+        room = self._room()
+        for key in list(self.memory.pages):
+            page = self.memory.pages[key]
+            silent = [
+                one for one in page.orders if not one.heard and one.ordered_at <= now - self.silence
+            ]
+            due = [one for one in page.deferrals if one.wake <= now]
+            moments = [one.wake for one in page.deferrals if one.wake > now]
+            moments += [
+                one.ordered_at + self.silence
+                for one in page.orders
+                if not one.heard and one not in silent
+            ]
+            again = 0
+            for order in silent:
+                again |= bitmap_from(order.unresolved)
+            waiting = 0
+            for deferral in due:
+                waiting |= bitmap_from(deferral.ordinals)
+            if waiting and (room[key[0]] >= waiting.bit_count() or self._idle(key[0])):
+                room[key[0]] -= waiting.bit_count()
+                again |= waiting
+                page = replace(
+                    page, deferrals=tuple(one for one in page.deferrals if one not in due)
+                )
+            elif waiting:
+                moments.append(now + self.policy.blocked_look)
+            if again:
+                keep = tuple(one for one in page.orders if one not in silent)
+                self._order(key, replace(page, orders=keep), again, now, effects)
+                moments.append(now + self.silence)
+            for moment in moments:
+                soonest = moment if soonest is None or moment < soonest else soonest
+        self.memory.next_look = soonest if soonest is not None else now + self.silence
+
+    @property
+    def silence(self) -> timedelta:
+        """How long an order may stay unheard."""
+        return self.policy.silence
+
+    def _room(self) -> dict[LegId, int]:
+        window = self.policy.room(self._run.rate_per_second)
+        opened = self.memory.open_by_leg
+        return {leg.leg: window - opened.get(leg.leg, 0) for leg in self._run.legs}
+
+    def _idle(self, leg: LegId) -> bool:
+        return self.memory.open_by_leg.get(leg, 0) == 0
+
+    def _order(
+        self, key: PageKey, page: PageState, bits: int, now: datetime, effects: Effects
+    ) -> None:
+        """Give an order of the page's next generation."""
+        run = self._run
+        ordered_before = page.generation > 0 or key in self.memory.pages or self._passed(key)
+        generation = page.generation + 1 if ordered_before else 0
+        order = OpenOrder(generation, bitmap_bytes(bits), now, heard=False)
+        self.memory.put(key, replace(page, generation=generation, orders=(*page.orders, order)))
+        self._look_at(now + self.silence)
+        leg, shard, number = key
+        effects.orders.append(
+            PageOrder(
+                run.tenant,
+                run.run,
+                leg,
+                run.spec,
+                run.snapshot,
+                shard,
+                number,
+                generation,
+                bitmap_bytes(bits),
+                now,
+            )
+        )
+
+    def _passed(self, key: PageKey) -> bool:
+        """Whether the cursor is behind this page: it was ordered at least once."""
+        leg = next(one for one in self._run.legs if one.leg == key[0])
+        return (key[2], key[1]) < (leg.next_page, leg.next_shard)
+
+    def _fill(self, now: datetime, effects: Effects) -> None:
+        """Order pages never ordered while the window has room."""
+        for position, leg in enumerate(self._run.legs):
+            if leg.unordered == 0:
+                continue
+            room = self._room()[leg.leg]
+            for key, size in self._walk(leg):
+                if size > room and not self._idle(leg.leg):
+                    break
+                self._order(key, self._page(key), full_bitmap(size), now, effects)
+                room -= size
+                leg = self._step_past(position, key, size)
+
+    def _walk(self, leg: LegState) -> Iterator[tuple[PageKey, int]]:
+        """The pages from the cursor on, and their sizes."""
+        counts = self._run.shard_counts
+        last = page_count(max(counts, default=0))
+        page, shard = leg.next_page, leg.next_shard
+        while page < last:
+            while shard < len(counts):
+                size = recipients_of_page(counts[shard], page)
+                if size:
+                    yield (leg.leg, shard, page), size
+                shard += 1
+            page, shard = page + 1, 0
+
+    def _step_past(self, position: int, key: PageKey, size: int) -> LegState:
+        run = self._run
+        leg = run.legs[position]
+        leg = replace(
+            leg, next_page=key[2], next_shard=key[1] + 1, unordered=leg.unordered - size
+        )
+        legs = (*run.legs[:position], leg, *run.legs[position + 1 :])
+        self.memory.run = replace(run, legs=legs)
+        return leg
+
+    def _close(self, now: datetime, effects: Effects) -> None:
+        """Close what is deferred or unordered; what is open closes by delivery's outcome."""
+        budget = self.policy.closings_per_step
+        look = self.memory.next_look
+        if look is None or now >= look:
+            for key in list(self.memory.pages):
+                page = self.memory.pages[key]
+                bits = 0
+                for deferral in page.deferrals:
+                    bits |= bitmap_from(deferral.ordinals)
+                silent = [
+                    one
+                    for one in page.orders
+                    if not one.heard and one.ordered_at <= now - self.silence
+                ]
+                for order in silent:
+                    bits |= bitmap_from(order.unresolved)
+                if bits:
+                    kept = tuple(one for one in page.orders if one not in silent)
+                    closed = PageState(page.generation + 1, kept, ())
+                    self.memory.put(key, closed)
+                    self._closing(key, bits, closed.generation, now, effects)
+            self.memory.next_look = now + timedelta(seconds=30)
+        for position, leg in enumerate(self._run.legs):
+            for key, size in self._walk(leg):
+                if budget <= 0:
+                    return
+                budget -= 1
+                self._closing(key, full_bitmap(size), 0, now, effects)
+                self._step_past(position, key, size)
+
+    def _closing(
+        self, key: PageKey, bits: int, generation: int, now: datetime, effects: Effects
+    ) -> None:
+        run = self._run
+        cancelled = run.status is RunStatus.CANCELLED
+        group = OutcomeGroup(
+            outcome=Outcome.CANCELLED if cancelled else Outcome.EXPIRED,
+            reason=Reason.RUN_CANCELLED if cancelled else Reason.RUN_EXPIRED,
+            provider="",
+            generation=generation,
+            indexes=tuple(indexes_of(bits)),
+        )
+        leg, shard, page = key
+        effects.closings.append(
+            Outcomes(run.tenant, run.run, leg, run.snapshot, shard, page, now, (group,))
+        )
+
+    @property
+    def closing(self) -> bool:
+        """Whether a closed run still has pages to close: the shell ticks again soon."""
+        run = self.memory.run
+        return (
+            run is not None
+            and run.status in (RunStatus.CANCELLED, RunStatus.EXPIRED)
+            and any(leg.unordered for leg in run.legs)
+        )
+
+    def _counts(self) -> tuple[int, ...]:
+        memory = self.memory
+        return (memory.pending, memory.unordered, memory.open, memory.deferred)
+
+    def _progress(self, now: datetime, effects: Effects) -> None:
+        counts = (*self._counts(), self._run.version)
+        last = self.memory.last_progress
+        if last is not None and (
+            last[1] == counts or now - last[0] < self.policy.progress_interval
+        ):
+            return
+        self.memory.last_progress = (now, counts)
+        self._tell(effects, now, None, "")
+
+    def _tell(
+        self,
+        effects: Effects,
+        now: datetime,
+        command: Command | None,
+        problem: str,
+        *,
+        launched: bool = False,
+    ) -> None:
+        run = self._run
+        pending, unordered, opened, deferred = self._counts()
+        audience = sum(run.shard_counts) * len(run.legs)
+        name = run_key(run.tenant, run.run)
+        effects.events.append(
+            RunEvent(
+                event_id=derive(
+                    "run-event",
+                    (name, command.command_id if command else "", run.version, to_millis(now)),
+                ),
+                tenant=run.tenant,
+                run=run.run,
+                campaign=run.campaign,
+                version=run.version,
+                status=run.status,
+                at=now,
+                command_id=command.command_id if command else "",
+                command=command.kind if command else None,
+                by=command.issued_by if command else "fanfare",
+                accepted=not problem,
+                note=problem or (command.note if command else ""),
+                spec=run.spec,
+                snapshot=run.snapshot,
+                audience=audience,
+                legs=tuple(leg.leg for leg in run.legs),
+                pending=pending,
+                ordered=audience - unordered,
+                open=opened,
+                deferred=deferred,
+                shard_counts=run.shard_counts if launched else (),
+            )
+        )
+
+
+def _later(run: RunState, now: datetime) -> int:
+    """A version above every earlier one, across restarts too: the clock moves on."""
+    return max(run.version + 1, to_millis(now))
+
+
+def _held(page: PageState) -> int:
+    bits = 0
+    for order in page.orders:
+        bits |= bitmap_from(order.unresolved)
+    for deferral in page.deferrals:
+        bits |= bitmap_from(deferral.ordinals)
+    return bits
+
+
+def _order_of(page: PageState | None, generation: int) -> OpenOrder | None:
+    if page is None:
+        return None
+    return next((one for one in page.orders if one.generation == generation), None)
+
+
+def _with_order(page: PageState, order: OpenOrder) -> PageState:
+    """The page with this order in place of its generation's, or without it when it is resolved."""
+    orders = tuple(
+        order if one.generation == order.generation else one
+        for one in page.orders
+        if one.generation != order.generation or order.unresolved
+    )
+    return replace(page, orders=orders)
+
+
+def _without(page: PageState, bits: int) -> PageState:
+    """The page without these recipients, wherever they are held."""
+    orders = []
+    for order in page.orders:
+        left = bitmap_from(order.unresolved) & ~bits
+        if left:
+            orders.append(replace(order, unresolved=bitmap_bytes(left)))
+    deferrals = []
+    for deferral in page.deferrals:
+        left = bitmap_from(deferral.ordinals) & ~bits
+        if left:
+            deferrals.append(replace(deferral, ordinals=bitmap_bytes(left)))
+    return replace(page, orders=tuple(orders), deferrals=tuple(deferrals))
+
+
+def _refusal_without_run(command: Command, now: datetime, why: str = "") -> RunEvent:
+    return RunEvent(
+        event_id=derive("run-event", (command.tenant, command.run, command.command_id)),
+        tenant=command.tenant,
+        run=command.run,
+        campaign="",
+        version=0,
+        status=RunStatus.REFUSED,
+        at=now,
+        command_id=command.command_id,
+        command=command.kind,
+        by=command.issued_by,
+        accepted=False,
+        note=why or f"there is no run {command.run!r} of tenant {command.tenant!r}",
+        spec=None,
+        snapshot=None,
+        audience=0,
+        legs=(),
+        pending=0,
+        ordered=0,
+        open=0,
+        deferred=0,
+    )
+
+
+def problems_of(spec: CampaignSpec) -> tuple[str, ...]:
+    """What makes a definition impossible to coordinate."""
+    names = [leg.leg for leg in spec.legs]
+    problems = []
+    if not names:
+        problems.append("legs: at least one channel is needed")
+    if len(set(names)) != len(names):
+        problems.append(f"legs: each channel once, got {', '.join(names)}")
+    return tuple(problems)
