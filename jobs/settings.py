@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -87,7 +87,8 @@ def load(settings: type[Settings]) -> Settings:
             and repeats no value (it may be a secret).
     """
     try:
-        return settings()
+        values: dict[str, Any] = {}
+        return settings(**values)
     except ValidationError as error:
         lines = [
             f"{PREFIX}{'.'.join(str(part) for part in one['loc']).upper()}: {one['msg']}"
