@@ -172,8 +172,6 @@ class HttpConnection(Connection):
                 self._head = head
                 self._body_at = end + 4
                 self.on_head(head)
-                if self.closing:
-                    return
                 if head.length > self._max_body_bytes:
                     self.refuse(413, "the request's body is too large")
                     return

@@ -98,9 +98,8 @@ class Simulator:
             return self._known_keys[authorization]
         except KeyError:
             scheme, _, key = authorization.partition(" ")
-            good = (
-                scheme.lower() == "bearer" and key != "" and (not self._keys or key in self._keys)
-            )
+            known = key in self._keys if self._keys else key != ""
+            good = known and scheme.lower() == "bearer"
             if len(self._known_keys) > 1000:
                 self._known_keys.clear()
             self._known_keys[authorization] = key if good else None

@@ -194,17 +194,17 @@ def _check_arguments(own: object, common: object, field: str, problems: list[Pro
         )
         return
     merged = {**common, **own} if isinstance(common, dict) else own
-    # Two bytes a character is the least that could matter: most mails need no serialising.
-    if sum(len(key) + len(value) + 6 for key, value in merged.items()) * 4 > MAX_CUSTOM_ARGS_BYTES:
-        if len(orjson.dumps(merged)) > MAX_CUSTOM_ARGS_BYTES:
-            problems.append(
-                _problem(
-                    f"The overall size of the custom_args must be at most"
-                    f" {MAX_CUSTOM_ARGS_BYTES} bytes.",
-                    field,
-                    "message.custom_args",
-                )
+    # A character takes at most six bytes in JSON: most mails need no serialising.
+    most = sum(len(key) + len(value) + 6 for key, value in merged.items()) * 6
+    if most > MAX_CUSTOM_ARGS_BYTES and len(orjson.dumps(merged)) > MAX_CUSTOM_ARGS_BYTES:
+        problems.append(
+            _problem(
+                f"The overall size of the custom_args must be at most {MAX_CUSTOM_ARGS_BYTES}"
+                " bytes.",
+                field,
+                "message.custom_args",
             )
+        )
 
 
 def _check_headers(headers: object, field: str, problems: list[Problem]) -> None:
@@ -280,9 +280,9 @@ def _run_of(mail: object) -> str:
         return ""
     people = mail.get("personalizations")
     for holder in (people[0] if isinstance(people, list) and people else None, mail):
-        if isinstance(holder, dict) and isinstance(args := holder.get("custom_args"), dict):
-            if isinstance(run := args.get("ff_run"), str):
-                return run
+        args = holder.get("custom_args") if isinstance(holder, dict) else None
+        if isinstance(args, dict) and isinstance(run := args.get("ff_run"), str):
+            return run
     return ""
 
 

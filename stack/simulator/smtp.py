@@ -33,7 +33,7 @@ def header(head: bytes, name: bytes) -> str:
         return ""
     at += len(name) + 3
     end = head.find(b"\r\n", at)
-    while 0 <= end and head[end + 2 : end + 3] in (b" ", b"\t"):
+    while end >= 0 and head[end + 2 : end + 3] in (b" ", b"\t"):
         end = head.find(b"\r\n", end + 2)
     value = head[at:] if end < 0 else head[at:end]
     return value.replace(b"\r\n", b"").strip().decode("utf-8", "replace")
