@@ -205,6 +205,11 @@ def name_of(data: bytes) -> str | None:
     return None if known is None else known[0]
 
 
+def header_of(record: type) -> bytes:
+    """The marker and fingerprint that the current writer of a record class begins with."""
+    return _SCHEMAS.header[record.__name__]
+
+
 def schema_of(record: type) -> Any:
     """The current parsed Avro schema of a record class."""
     return _SCHEMAS.current[record.__name__]
@@ -224,6 +229,19 @@ def leading_strings(data: bytes, count: int) -> tuple[str, ...]:
     Raises:
         MalformedRecord: the bytes end before.
     """
+    return _strings(data, count)[0]
+
+
+def long_after_strings(data: bytes, strings: int) -> int:
+    """The long field behind the first ``strings`` string fields; see ``leading_strings``."""
+    _, at = _strings(data, strings)
+    try:
+        return _read_long(data, at)[0]
+    except IndexError as error:
+        raise MalformedRecord(f"expected a long at byte {at}: the record ends") from error
+
+
+def _strings(data: bytes, count: int) -> tuple[tuple[str, ...], int]:
     found: list[str] = []
     at = HEADER_BYTES
     try:
@@ -235,7 +253,7 @@ def leading_strings(data: bytes, count: int) -> tuple[str, ...]:
             at += length
     except (IndexError, UnicodeDecodeError) as error:
         raise MalformedRecord(f"expected {count} strings at the beginning: {error}") from error
-    return tuple(found)
+    return tuple(found), at
 
 
 def _read_long(data: bytes, at: int) -> tuple[int, int]:

@@ -28,17 +28,23 @@ class ConsentEntry:
 class Reservation:
     """A message counted against the caps, keyed by run and leg.
 
-    ``settled`` means kept (accepted or unknown): it leaves only by age. While not settled it is
-    counted in every window, whatever its age.
+    It is *open* until its generation's outcome is known, then *settled* (accepted or unknown: kept,
+    it leaves only by age) or *refunded* (not sent: it counts nowhere). An open one is counted in
+    every window, whatever its age. A refunded one is remembered, because a late word that the
+    message was accepted after all makes it count again.
     """
 
     run: RunId
     leg: LegId
     generation: int
     at: datetime
+    """The latest moment at which the message can have left: ``valid_until`` when it was decided,
+    lowered to the time of its outcome. What counts in a window is what has ``at`` in it."""
     channel: str
     category: str
+    """Of the campaign, frozen at decision."""
     settled: bool
+    refunded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +126,3 @@ class PageState:
     orders: tuple[OpenOrder, ...]
     """Disjoint from each other and from the deferrals."""
     deferrals: tuple[Deferral, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PendingSend:
-    """Delivery's memory of a ``Send``: which of its recipients are still owed an outcome."""
-
-    send: bytes
-    unresolved: bytes
-    attempts: tuple[int, ...]
-    """Parallel to the unresolved ordinals, ascending; empty when none was tried."""
-    first_at: datetime

@@ -1,0 +1,140 @@
+"""Delivery's rules: what follows from a ledger's verdict and from a provider's answer.
+
+Pure functions over small values; the loop in ``sinks.engine`` and the simulation in the tests run
+the same ones. The order that they serve: shape, render, claim, request, settle, outcome.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+
+from schemas.message import Answer, Verdict
+from schemas.reasons import Lane, Outcome, Reason
+
+
+class SettleAction(Enum):
+    """What the ledger is told after an attempt."""
+
+    ACCEPTED = "accepted"
+    """Set the bit, delete the claim."""
+    RELEASE = "release"
+    """Delete the claim: nothing was accepted and it will be tried again."""
+    CLOSE = "close"
+    """Replace the claim by a final outcome: nothing was accepted and nothing will be."""
+    HOLD = "hold"
+    """Turn the claim into a held unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How known refusals are retried.
+
+    Waits are 1, 2, 4, 8 … times ``base`` up to ``longest``, each drawn between half and whole
+    (the jitter keeps a crowd from returning together). ``attempts`` are made at each route.
+    """
+
+    base: timedelta = timedelta(seconds=1)
+    longest: timedelta = timedelta(seconds=60)
+    attempts: int = 5
+
+    def wait(self, attempt: int, draw: float) -> timedelta:
+        """The wait after the ``attempt``-th refusal (from 1); ``draw`` is uniform in [0, 1)."""
+        doublings: int = 1 << min(attempt - 1, 16)
+        whole = min(self.longest, self.base * doublings)
+        return whole * (0.5 + draw / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Tries:
+    """How often one message was refused: on its present route, and in all."""
+
+    route: int = 0
+    on_route: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """What follows from an answer.
+
+    ``action`` is told to the ledger; only when that succeeded, ``outcome`` is emitted, or, where
+    ``wait`` is set, the message goes back to wait for so long with ``tries``.
+    """
+
+    action: SettleAction
+    outcome: Outcome | None = None
+    reason: Reason | None = None
+    wait: timedelta | None = None
+    tries: Tries = Tries()
+
+
+def after_answer(
+    answer: Answer,
+    tries: Tries,
+    routes: int,
+    lane: Lane,
+    policy: RetryPolicy,
+    random_source: random.Random,
+) -> Next:
+    """What a provider's answer means for the ledger, the books and the message.
+
+    A known refusal is retried at the same route, then at the next; a final one closes; an answer
+    that is neither holds the message as unknown: on the promotional lane it is never retried and
+    never failed over. The critical lane prefers a duplicate to a loss and tries again.
+    """
+    match answer.verdict:
+        case Verdict.ACCEPTED:
+            return Next(SettleAction.ACCEPTED, Outcome.ACCEPTED, Reason.PROVIDER_ACCEPTED)
+        case Verdict.REFUSED:
+            return Next(SettleAction.CLOSE, Outcome.FAILED, Reason.PROVIDER_REFUSED)
+        case Verdict.ADDRESS_DEAD:
+            return Next(SettleAction.CLOSE, Outcome.FAILED, Reason.ADDRESS_REFUSED)
+        case Verdict.IN_DOUBT if lane is Lane.PROMOTIONAL:
+            return Next(SettleAction.HOLD, Outcome.UNKNOWN, Reason.NO_ANSWER)
+        case Verdict.THROTTLED:
+            wait = answer.retry_after or policy.wait(1, random_source.random())
+            return Next(
+                SettleAction.RELEASE,
+                wait=wait * (1 + random_source.random() / 4),
+                tries=Tries(tries.route, tries.on_route, tries.total + 1),
+            )
+        case _:
+            return _again(answer, tries, routes, policy, random_source)
+
+
+def _again(
+    answer: Answer, tries: Tries, routes: int, policy: RetryPolicy, random_source: random.Random
+) -> Next:
+    total = tries.total + 1
+    on_route = tries.on_route + 1
+    # A route whose account is refused will not take the next attempt either.
+    spent = on_route >= policy.attempts or answer.verdict is Verdict.ACCOUNT
+    if spent and tries.route + 1 < routes:
+        return Next(
+            SettleAction.RELEASE, wait=timedelta(0), tries=Tries(tries.route + 1, 0, total)
+        )
+    if on_route >= policy.attempts:
+        account = answer.verdict is Verdict.ACCOUNT
+        reason = Reason.ACCOUNT_REFUSED if account else Reason.RETRIES_EXHAUSTED
+        return Next(SettleAction.CLOSE, Outcome.FAILED, reason)
+    wait = policy.wait(on_route, random_source.random())
+    if answer.retry_after is not None and answer.retry_after > wait:
+        wait = answer.retry_after
+    return Next(SettleAction.RELEASE, wait=wait, tries=Tries(tries.route, on_route, total))
+
+
+REPLAYABLE = frozenset(
+    {
+        Reason.PROVIDER_REFUSED,
+        Reason.ACCOUNT_REFUSED,
+        Reason.RETRIES_EXHAUSTED,
+        Reason.RENDERING_FAILED,
+        Reason.NO_ROUTE,
+        Reason.CORRUPT_PAGE,
+        Reason.MISSING_SNAPSHOT,
+    }
+)
+"""Failures that somebody can mend and replay: they become dead letters beside their outcome."""
