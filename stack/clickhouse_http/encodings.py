@@ -9,7 +9,7 @@ import gzip
 import zlib
 from typing import IO, Final, Protocol, cast
 
-import lz4.frame  # type: ignore[import-untyped]
+import lz4.frame
 import zstandard
 
 # In the order in which they cost least for what they save on one machine.
@@ -19,7 +19,9 @@ RESPONSE_ENCODINGS: Final = ("lz4", "zstd", "gzip", "deflate")
 class Reader(Protocol):
     """Something whose decoded bytes can be read; an empty answer is the end."""
 
-    def read(self, size: int, /) -> bytes: ...
+    def read(self, size: int, /) -> bytes:
+        """Return up to ``size`` bytes."""
+        ...
 
 
 class UnknownEncoding(ValueError):
@@ -59,7 +61,7 @@ def decoded(source: IO[bytes], encoding: str) -> Reader:
         case "lz4":
             return cast("Reader", lz4.frame.LZ4FrameFile(source))
         case "gzip" | "x-gzip":
-            return gzip.GzipFile(fileobj=source)
+            return gzip.GzipFile(fileobj=source, mode="rb")
         case "zstd":
             return cast(
                 "Reader",
@@ -78,9 +80,13 @@ BROKEN_BODY: Final = (RuntimeError, EOFError, OSError, zlib.error, zstandard.Zst
 class Encoder(Protocol):
     """An incremental compressor of a response body."""
 
-    def encode(self, data: bytes) -> bytes: ...
+    def encode(self, data: bytes) -> bytes:
+        """Take data in; return what is ready to be sent, possibly nothing."""
+        ...
 
-    def finish(self) -> bytes: ...
+    def finish(self) -> bytes:
+        """Return what ends the body."""
+        ...
 
 
 class _Identity:

@@ -11,6 +11,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import io
 import logging
 import secrets
 import tempfile
@@ -44,7 +45,7 @@ from stack.clickhouse_http.execution import (
     Statement,
     execute,
 )
-from stack.clickhouse_http.forms import external_tables, parse_form
+from stack.clickhouse_http.forms import ExternalTable, external_tables, parse_form
 from stack.clickhouse_http.sessions import DEFAULT_TIMEOUT, MAX_TIMEOUT, Session, Sessions
 
 Scope = Mapping[str, Any]
@@ -58,6 +59,7 @@ log = logging.getLogger("fanfare.clickhouse")
 # Bytes of a body or a buffered result that are held in memory before they go to a file.
 SPILL_BYTES: Final = 4 * 1024**2
 CHUNK_BYTES: Final = 256 * 1024
+_TRAILER_SECONDS: Final = 0.1
 
 # Parameters that the transport consumes: they never reach the engine.
 _TRANSPORT: Final = frozenset(
@@ -148,6 +150,7 @@ class Request:
 
     @property
     def query_id(self) -> str:
+        """The client's id of the query, or nothing if it gave none."""
         return self.params.get("query_id") or self.headers.get("x-clickhouse-query-id", "")
 
 
@@ -161,6 +164,7 @@ class Endpoint:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="query")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request; scopes of other kinds are left alone."""
         if scope["type"] != "http":
             return
         request = _request(scope)
@@ -201,7 +205,7 @@ class Endpoint:
                     f"{name}=1 (ClickHouse's block compression) is not supported; use "
                     "Content-Encoding and Accept-Encoding",
                 )
-        with tempfile.SpooledTemporaryFile(SPILL_BYTES, dir=self._engine.path) as spool:
+        with tempfile.SpooledTemporaryFile(SPILL_BYTES, dir=str(self._engine.path)) as spool:
             await _receive_body(receive, cast("IO[bytes]", spool))
             statement, body = _statement(request, cast("IO[bytes]", spool))
             gone = asyncio.ensure_future(_disconnected(receive))
@@ -230,11 +234,11 @@ class Endpoint:
         session = self._session(request)
         answer: Answer | None = None
         try:
-            handle = session.handle if session else self._engine.open()
-            answer = await self._in_thread(execute, handle, session is not None, statement, body)
+            handle = session.handle if session else None
+            answer = await self._in_thread(execute, self._engine, handle, statement, body)
             await self._deliver(request, answer, reply, session, gone)
         finally:
-            if answer is not None:
+            if answer is not None and not answer.closed:
                 await self._in_thread(answer.close)
             if session is not None:
                 self._sessions.release(session)
@@ -247,9 +251,9 @@ class Endpoint:
         session: Session | None,
         gone: asyncio.Future[None],
     ) -> None:
-        encode = encoder(reply.encoding)
+        encode = reply.encoder
         whole = request.params.get("wait_end_of_query", "0") not in ("", "0", "false")
-        with tempfile.SpooledTemporaryFile(SPILL_BYTES, dir=self._engine.path) as buffered:
+        with tempfile.SpooledTemporaryFile(SPILL_BYTES, dir=str(self._engine.path)) as buffered:
             done = False
             while not done:
                 if gone.done():
@@ -308,6 +312,7 @@ class _Reply:
         self.encoding = None
         if request.params.get("enable_http_compression", "1") not in ("0", "false"):
             self.encoding = choose(request.headers.get("accept-encoding", ""))
+        self.encoder = encoder(self.encoding)
 
     async def body(self, answer: Answer, chunk: bytes, last: bool) -> None:
         """Send a piece of the body, after the headers if it is the first."""
@@ -344,7 +349,10 @@ class _Reply:
                 len(message),
                 tag,
             )
-            await self.send({"type": "http.response.body", "body": trailer, "more_body": True})
+            content = self.encoder.encode(trailer) + self.encoder.finish()
+            await self.send({"type": "http.response.body", "body": content, "more_body": True})
+            # aiohttp throws away what it has buffered when the connection breaks.
+            await asyncio.sleep(_TRAILER_SECONDS)
             return
         headers = [
             *self._headers,
@@ -405,7 +413,7 @@ def _credentials(request: Request) -> tuple[str, str]:
 
 def _statement(request: Request, spool: IO[bytes]) -> tuple[Statement, Body]:
     params = dict(request.params)
-    external = ()
+    external: tuple[ExternalTable, ...] = ()
     try:
         reader = decoded(spool, request.headers.get("content-encoding", ""))
     except UnknownEncoding as error:
@@ -419,7 +427,7 @@ def _statement(request: Request, spool: IO[bytes]) -> tuple[Statement, Body]:
         form = parse_form(content_type, content)
         params.update(form.fields)
         external = tuple(external_tables(form, params))
-        body = Body(tempfile.SpooledTemporaryFile())
+        body = Body(io.BytesIO())
     readonly = request.method in ("GET", "HEAD") or params.get("readonly", "0") in ("1", "2")
     statement = Statement(
         query=params.get("query", "").encode("utf-8", "surrogateescape"),

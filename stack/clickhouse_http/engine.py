@@ -28,7 +28,7 @@ from schemas.errors import FanfareError, StackFailed
 from stack.clickhouse_http.statements import set_names
 
 os.environ["TZ"] = "UTC"  # the engine takes its time zone from here when it is loaded
-import chdb  # type: ignore[import-untyped]  # noqa: E402
+import chdb
 
 LOCK_FILE: Final = "fanfare-clickhouse.lock"
 CONFIG_FILE: Final = "fanfare-clickhouse.xml"
@@ -175,12 +175,12 @@ class Handle:
             self._database = database
 
     def _remember(self, names: Iterable[str]) -> None:
-        wanted = ", ".join(literal(name) for name in names)
-        if not wanted:
-            return
+        wanted = ",".join(literal(name) for name in names)
         rows = self.query(
-            f"SELECT name, value, changed FROM system.settings WHERE name IN ({wanted})",
+            "SELECT name, value, changed FROM system.settings "
+            "WHERE has({names:Array(String)}, name)",
             "JSONEachRow",
+            {"names": f"[{wanted}]"},
         )
         for line in rows.bytes().splitlines():
             row = orjson.loads(line)

@@ -19,6 +19,7 @@ from stack.clickhouse_http.engine import (
     READONLY,
     READS,
     SYNTAX_ERROR,
+    Engine,
     Handle,
     QueryFailed,
     identifier,
@@ -86,7 +87,7 @@ class Answer:
     _blocks: Iterator[bytes] = field(default_factory=lambda: iter(()))
     _stream: Any = None
     _external: tuple[ExternalTable, ...] = ()
-    _closed: bool = False
+    closed: bool = False
     _begun: float = field(default_factory=time.monotonic)
 
     def pull(self, encoder: Encoder, at_least: int) -> tuple[bytes, bool]:
@@ -108,9 +109,9 @@ class Answer:
 
     def close(self) -> None:
         """Stop what still runs and give the handle's resources back."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         try:
             if self._stream is not None:
                 self._stream.close()
@@ -134,13 +135,15 @@ class Answer:
             self.summary[name] = self.summary.get(name, 0) + int(count)
 
 
-def execute(handle: Handle, kept: bool, statement: Statement, body: Body) -> Answer:
+def execute(engine: Engine, session: Handle | None, statement: Statement, body: Body) -> Answer:
     """Start a statement; the answer's first blocks may still fail when they are pulled.
 
-    An INSERT is finished when this returns, so are statements that can't be streamed. ``kept``
-    says that the handle belongs to a session. Raises QueryFailed; the handle is closed then
-    unless it is kept.
+    An INSERT is finished when this returns, so are statements that can't be streamed. Without a
+    session's handle the request gets its own, which the answer closes. Raises QueryFailed;
+    nothing is left to close then.
     """
+    kept = session is not None
+    handle = session or engine.open()
     answer = Answer(handle, kept)
     try:
         handle.prepare(statement.settings, statement.database, kept)
@@ -152,7 +155,8 @@ def execute(handle: Handle, kept: bool, statement: Statement, body: Body) -> Ans
         text, insert = _read_statement(statement.query, body)
         if insert is not None and not statement.params:
             _refuse_writes(statement, text)
-            _insert(answer, insert, text[insert.data_offset :], body)
+            head = text[insert.data_offset :]
+            _append(answer, insert.statement, insert.format, head, body)
         else:
             _run(answer, statement, text + _read_rest(body, len(text)))
     except BaseException:
@@ -162,16 +166,16 @@ def execute(handle: Handle, kept: bool, statement: Statement, body: Body) -> Ans
 
 
 def _read_statement(query: bytes, body: Body) -> tuple[bytes, InlineInsert | None]:
-    text, complete = query, False
+    more = body.read(_READ_BYTES)
+    text = query + b"\n" + more if query and more else query or more
+    if not text.strip():
+        raise QueryFailed.of(SYNTAX_ERROR, "Empty query")
     while True:
-        split = split_insert(text, complete)
+        split = split_insert(text, complete=not more)
         if not isinstance(split, Unfinished):
             return text, split if isinstance(split, InlineInsert) else None
         more = body.read(_READ_BYTES)
-        complete = not more
-        if not text and complete:
-            raise QueryFailed.of(SYNTAX_ERROR, "Empty query")
-        text += b"\n" + more if text is query and query and more else more
+        text += more
         _check_size(len(text))
 
 
@@ -191,10 +195,6 @@ def _check_size(size: int) -> None:
             f"The statement is longer than {MAX_STATEMENT_BYTES} bytes; send data behind "
             "INSERT … FORMAT or as an external table",
         )
-
-
-def _insert(answer: Answer, insert: InlineInsert, head: bytes, body: Body) -> None:
-    _append(answer, insert.statement, insert.format, head, body)
 
 
 def _load(handle: Handle, table: ExternalTable) -> None:
@@ -232,9 +232,9 @@ def _append(
 def _run(answer: Answer, statement: Statement, sql: bytes) -> None:
     handle = answer.handle
     kind, count = handle.classify(sql)
-    if count > 1:
-        raise QueryFailed.of(SYNTAX_ERROR, "Multi-statements are not allowed: send one at a time")
     verb = first_word(sql)
+    if count > 1 and verb != b"INSERT":
+        raise QueryFailed.of(SYNTAX_ERROR, "Multi-statements are not allowed: send one at a time")
     if kind != READS:
         if _LOCAL_FILES.search(sql[:_READ_BYTES]) or _LOCAL_FILES.search(sql[-_READ_BYTES:]):
             raise QueryFailed.of(
