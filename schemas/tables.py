@@ -259,5 +259,5 @@ VIEWS: tuple[str, ...] = (
 TO {ENGAGEMENT_HOURLY.name} AS
 SELECT tenant, run, leg, toStartOfHour(at) AS hour, kind,
     uniqExactState(event_id) AS events, uniqExactState(send_id) AS messages
-FROM {ENGAGEMENT.name} GROUP BY tenant, run, leg, hour, kind""",
+FROM {ENGAGEMENT.name} GROUP BY tenant, run, leg, hour, kind""",  # noqa: S608
 )
