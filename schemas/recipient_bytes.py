@@ -1,0 +1,271 @@
+"""``RecipientState`` as the decision reads it: integers instead of times, bytes kept for reuse.
+
+Most of what decide costs on people with a history is reading and writing their state, and the
+general codec takes 25 µs for three reservations. The bytes are the same here (Avro single-object
+encoding of the current schema; ``tests/schemas`` compares the two on random states), but entries
+are cut out whole and kept by their bytes: people of one page share most of them. Bytes of an older
+writer go through the general codec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from schemas import codec
+from schemas.codec import from_millis, to_millis
+from schemas.errors import MalformedRecord
+from schemas.ids import LegId, RunId, Tenant
+from schemas.records import ConsentStatus
+from schemas.state import ConsentEntry, RecipientState, Reservation
+
+_HEADER = codec.header_of(RecipientState)
+_FIRST = len(_HEADER)
+_KEPT_ENTRIES = 65_536
+
+
+class Word(NamedTuple):
+    """A ``ConsentEntry`` with its time in milliseconds."""
+
+    channel: str
+    topic: str
+    status: ConsentStatus
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A ``Reservation`` with its time in milliseconds, and its Avro bytes."""
+
+    run: str
+    leg: str
+    generation: int
+    at_ms: int
+    channel: str
+    category: str
+    settled: bool
+    refunded: bool
+    raw: bytes
+
+
+class Memory(NamedTuple):
+    """A ``RecipientState``: ``words`` and the bytes before the reservations, and these."""
+
+    tenant: str
+    words: tuple[Word, ...]
+    head: bytes
+    """Header, tenant and words as they stand in the state's bytes."""
+    held: tuple[Held, ...]
+
+
+def _long(value: int) -> bytes:
+    rest = value << 1 if value >= 0 else (-value << 1) - 1
+    out = bytearray()
+    while rest > 0x7F:
+        out.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    out.append(rest)
+    return bytes(out)
+
+
+def _string(value: str) -> bytes:
+    data = value.encode()
+    return _long(len(data)) + data
+
+
+def _read_long(data: bytes, at: int) -> tuple[int, int]:
+    rest = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        rest |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return (rest >> 1) ^ -(rest & 1), at
+        shift += 7
+
+
+def _read_string(data: bytes, at: int) -> tuple[str, int]:
+    size, at = _read_long(data, at)
+    return data[at : at + size].decode(), at + size
+
+
+@lru_cache(maxsize=_KEPT_ENTRIES)
+def _held_of(raw: bytes) -> Held:
+    run, at = _read_string(raw, 0)
+    leg, at = _read_string(raw, at)
+    generation, at = _read_long(raw, at)
+    at_ms, at = _read_long(raw, at)
+    channel, at = _read_string(raw, at)
+    category, at = _read_string(raw, at)
+    return Held(run, leg, generation, at_ms, channel, category, raw[at] == 1, raw[at + 1] == 1, raw)
+
+
+def held(
+    run: str,
+    leg: str,
+    generation: int,
+    at_ms: int,
+    channel: str,
+    category: str,
+    settled: bool,
+    refunded: bool,
+) -> Held:
+    """A reservation, with its bytes."""
+    raw = b"".join(
+        (
+            _string(run),
+            _string(leg),
+            _long(generation),
+            _long(at_ms),
+            _string(channel),
+            _string(category),
+            b"\1" if settled else b"\0",
+            b"\1" if refunded else b"\0",
+        )
+    )
+    return Held(run, leg, generation, at_ms, channel, category, settled, refunded, raw)
+
+
+@lru_cache(maxsize=_KEPT_ENTRIES)
+def _head(tenant: str, words: tuple[Word, ...]) -> bytes:
+    items = b"".join(
+        _string(word.channel) + _string(word.topic) + _string(word.status.value) + _long(word.at_ms)
+        for word in words
+    )
+    return _HEADER + _string(tenant) + (_long(len(words)) + items + b"\0" if words else b"\0")
+
+
+@lru_cache(maxsize=_KEPT_ENTRIES)
+def _words_of(head: bytes) -> tuple[str, tuple[Word, ...]]:
+    tenant, at = _read_string(head, _FIRST)
+    count, at = _read_long(head, at)
+    words = []
+    for _ in range(count):
+        channel, at = _read_string(head, at)
+        topic, at = _read_string(head, at)
+        status, at = _read_string(head, at)
+        at_ms, at = _read_long(head, at)
+        words.append(Word(channel, topic, ConsentStatus(status), at_ms))
+    return tenant, tuple(words)
+
+
+def memory(tenant: str, words: tuple[Word, ...], reservations: tuple[Held, ...]) -> Memory:
+    """A recipient's memory of these words and reservations."""
+    return Memory(tenant, words, _head(tenant, words), reservations)
+
+
+def write(state: Memory) -> bytes:
+    """The bytes of a state: those that ``codec.encode`` gives its ``RecipientState``."""
+    parts = [one.raw for one in state.held]
+    if not parts:
+        return state.head + b"\0"
+    return b"".join((state.head, _long(len(parts)), *parts, b"\0"))
+
+
+def read(data: bytes) -> Memory:
+    """The state in ``data``, whichever known version wrote it.
+
+    Raises:
+        UnknownSchema: a newer or foreign writer's bytes.
+        MalformedRecord: bytes that are no recipient's state.
+    """
+    if data[:_FIRST] != _HEADER:
+        return from_state(codec.decode(data, RecipientState))
+    try:
+        return _read(data)
+    except (IndexError, ValueError) as error:
+        raise MalformedRecord(
+            f"a RecipientState of {len(data)} bytes does not decode: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _skip_string(data: bytes, at: int) -> int:
+    size = data[at]
+    if size < 0x80:
+        return at + 1 + (size >> 1)
+    length, at = _read_long(data, at)
+    return at + length
+
+
+def _read(data: bytes) -> Memory:
+    at = _skip_string(data, _FIRST)
+    count, at = _read_long(data, at)
+    if count:
+        for _ in range(count):
+            at = _skip_string(data, _skip_string(data, _skip_string(data, at)))
+            while data[at] > 0x7F:
+                at += 1
+            at += 1
+        if data[at]:
+            raise ValueError("consents in more than one block")
+        at += 1
+    head = data[:at]
+    count, at = _read_long(data, at)
+    entries = []
+    for _ in range(count):
+        begin = at
+        at = _skip_string(data, _skip_string(data, at))
+        while data[at] > 0x7F:
+            at += 1
+        at += 1
+        while data[at] > 0x7F:
+            at += 1
+        at = _skip_string(data, _skip_string(data, at + 1)) + 2
+        entries.append(_held_of(data[begin:at]))
+    if count:
+        if data[at]:
+            raise ValueError("reservations in more than one block")
+        at += 1
+    if at != len(data):
+        raise ValueError(f"it ends at byte {at}")
+    tenant, words = _words_of(head)
+    return Memory(tenant, words, head, tuple(entries))
+
+
+def from_state(state: RecipientState) -> Memory:
+    """The memory of a state."""
+    return memory(
+        state.tenant,
+        tuple(
+            Word(one.channel, one.topic, one.status, to_millis(one.at)) for one in state.consents
+        ),
+        tuple(
+            held(
+                one.run,
+                one.leg,
+                one.generation,
+                to_millis(one.at),
+                one.channel,
+                one.category,
+                one.settled,
+                one.refunded,
+            )
+            for one in state.reservations
+        ),
+    )
+
+
+def to_state(state: Memory) -> RecipientState:
+    """The state of a memory."""
+    return RecipientState(
+        tenant=Tenant(state.tenant),
+        consents=tuple(
+            ConsentEntry(word.channel, word.topic, word.status, from_millis(word.at_ms))
+            for word in state.words
+        ),
+        reservations=tuple(
+            Reservation(
+                run=RunId(one.run),
+                leg=LegId(one.leg),
+                generation=one.generation,
+                at=from_millis(one.at_ms),
+                channel=one.channel,
+                category=one.category,
+                settled=one.settled,
+                refunded=one.refunded,
+            )
+            for one in state.held
+        ),
+    )
