@@ -47,8 +47,7 @@ class RejectReason(Enum):
 
     COLUMN_COUNT = "the row has another number of columns than the header"
     BROKEN_QUOTES = "a quoted value is never closed or the row is longer than 128 KiB"
-    UNDECODABLE = "the row has bytes that are not UTF-8"
-    NUL = "the row has a NUL character"
+    UNDECODABLE = "the row has bytes that are not UTF-8, or a NUL character"
     MISSING_ID = "recipient_id is missing"
     LONG_ID = f"recipient_id is longer than {MAX_RECIPIENT_ID_BYTES} bytes"
     CONTROL_IN_ID = "recipient_id has a control character"

@@ -401,6 +401,11 @@ class Counts:
     """People outside the segment."""
     audience: int
 
+    @property
+    def balanced(self) -> bool:
+        """Whether every row read is in exactly one of the other counts."""
+        return self.read == self.rejected + self.duplicates + self.not_selected + self.audience
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:

@@ -187,19 +187,16 @@ def check(
     count: int,
     zones: Collection[str],
     default_zone: str,
-    unreadable: Mask,
 ) -> tuple[Profiles, Rejects]:
     """Split a batch into valid profiles and rejects.
 
     ``columns`` have ``count`` values each; attributes have types of ``attribute_type``.
-    ``zones`` are the time zones that exist; ``unreadable`` marks rows with bytes that were no
-    UTF-8. Rows keep their order.
+    ``zones`` are the time zones that exist. Rows keep their order.
     """
     verdict = _Verdict(count)
-    verdict.refuse(unreadable, RejectReason.UNDECODABLE)
     for array in columns.values():
         if pa.types.is_string(array.type) and _has_nul(array):
-            verdict.refuse(_mask(pc.match_substring(array, "\0")), RejectReason.NUL)
+            verdict.refuse(_mask(pc.match_substring(array, "\0")), RejectReason.UNDECODABLE)
     nothing = pa.nulls(count, pa.string())
     ids = _check_ids(_text(columns[RECIPIENT_ID]), verdict)
     addresses = {name: _text(columns.get(name, nothing)) for name in ADDRESS_COLUMNS}
