@@ -351,7 +351,7 @@ class _Reply:
             )
             content = self.encoder.encode(trailer) + self.encoder.finish()
             await self.send({"type": "http.response.body", "body": content, "more_body": True})
-            # aiohttp throws away what it has buffered when the connection breaks.
+            # aiohttp drops what its user has not read when the connection breaks: leave it time.
             await asyncio.sleep(_TRAILER_SECONDS)
             return
         headers = [
@@ -389,9 +389,11 @@ class _Reply:
 
 
 def _request(scope: Scope) -> Request:
-    query = scope["query_string"].decode("latin-1")
+    query = scope["query_string"].decode("utf-8", "surrogateescape")
     params = dict(parse_qsl(query, keep_blank_values=True, errors="surrogateescape"))
-    headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+    headers = {
+        k.decode("latin-1"): v.decode("utf-8", "surrogateescape") for k, v in scope["headers"]
+    }
     return Request(scope["method"], scope["path"], params, headers)
 
 
