@@ -1,0 +1,351 @@
+"""Connections to providers: dialling, a pool with a fair queue, and what is known when one breaks.
+
+After a break there is one question: can the server have accepted something? A request of which
+the last byte is still here cannot have been; one that has left entirely may have been. Sockets
+answer it: the transports' write buffer limit is zero, so `paused` is true exactly while bytes
+are waiting in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import select
+import socket
+import ssl
+from collections import deque
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Generic, TypeVar, cast
+
+from schemas.errors import Unavailable
+
+
+class NotSent(Unavailable):
+    """The request never left whole: nothing was accepted. `reason` is a stable word."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class InDoubt(Unavailable):
+    """The request left and no usable answer came. `reason` is a stable word."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class Wire(asyncio.Protocol):
+    """One connection, used by one request at a time.
+
+    Subclasses call `busy_until` when a phase begins and implement `expired` (the phase took too
+    long) and `broken` (the connection is gone).
+    """
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.usable = True
+        self.paused = False
+        self.on_gone: Callable[[Wire], None] | None = None
+        self.idle_since = self.loop.time()
+        self._limit = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.attach(cast(asyncio.Transport, transport))
+
+    def attach(self, transport: asyncio.Transport) -> None:
+        """Use this transport from now on (a new one after STARTTLS)."""
+        self.transport = transport
+        transport.set_write_buffer_limits(high=0)
+        self._poll = select.poll()
+        raw = transport.get_extra_info("socket")
+        raw_fd = raw.fileno()
+        self._poll.register(raw_fd, select.POLLIN | select.POLLRDHUP)
+        try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            self.usable = False
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+
+    def fresh(self, idle: float) -> bool:
+        """Whether an idle connection can carry a request: alive, silent and not too old.
+
+        Looks at the socket itself: the loop may not have been told yet that the server closed.
+        Anything to read on an idle connection makes it unusable.
+        """
+        if not self.usable or self.loop.time() - self.idle_since > idle:
+            return False
+        return not self._poll.poll(0)
+
+    def busy_until(self, limit: float) -> None:
+        """Have `expired` called at `limit` (loop time) unless it is moved; 0 means never.
+
+        The timer is left running between requests and moved only towards earlier times, so that
+        most requests set none.
+        """
+        self._limit = limit
+        if limit and (self._timer is None or limit < self._timer_at):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.loop.call_at(limit, self._on_timer)
+            self._timer_at = limit
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        limit = self._limit
+        if not limit:
+            return
+        if self.loop.time() >= limit - 0.001:
+            self.expired()
+        else:
+            self.busy_until(limit)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.usable = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.broken()
+        if self.on_gone is not None:
+            self.on_gone(self)
+
+    def abort(self) -> None:
+        """Close at once, without a good-bye."""
+        self.usable = False
+        self.transport.abort()
+
+    def bye(self) -> None:
+        """Close after what is buffered has left."""
+        self.usable = False
+        self.transport.close()
+
+    def expired(self) -> None:
+        """The current phase has taken longer than it may."""
+        raise AssertionError("a wire with a limit implements expired")
+
+    def broken(self) -> None:
+        """The connection is gone."""
+        raise AssertionError("a wire implements broken")
+
+
+W = TypeVar("W", bound=Wire)
+
+
+class Pool(Generic[W]):
+    """At most `size` wires; who comes when all are busy waits in turn, until a deadline."""
+
+    def __init__(
+        self, connect: Callable[[float], Awaitable[W]], size: int, idle: timedelta
+    ) -> None:
+        self.size = size
+        self._connect = connect
+        self._idle_s = idle.total_seconds()
+        self._idle: list[W] = []
+        self._all: set[W] = set()
+        self._open = 0
+        self._waiters: deque[asyncio.Future[W | None]] = deque()
+        self._closed = False
+
+    async def take(self, until: float) -> W:
+        """A fresh wire; give it back with `give`.
+
+        Raises:
+            NotSent: no wire by `until` (loop time), no connection, or the pool is closed.
+        """
+        if self._closed:
+            raise NotSent("closed", "the client is closed")
+        idle = self._idle
+        while idle:
+            wire = idle.pop()
+            if wire.fresh(self._idle_s):
+                return wire
+            self._open -= 1
+            wire.abort()
+        if self._open < self.size:
+            self._open += 1
+            return await self._dial(until)
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[W | None] = loop.create_future()
+        self._waiters.append(waiter)
+        timer = loop.call_at(until, _expire, waiter)
+        try:
+            handed = await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._pass_on(waiter.result())
+            raise
+        finally:
+            timer.cancel()
+        if handed is not None:
+            if handed.fresh(self._idle_s):
+                return handed
+            handed.abort()
+        if self._closed:
+            self._open -= 1
+            raise NotSent("closed", "the client is closed")
+        return await self._dial(until)
+
+    def give(self, wire: W) -> None:
+        """Give a wire back; one that is not `usable` makes room for another."""
+        if wire.usable and not self._closed:
+            wire.idle_since = wire.loop.time()
+            self._pass_on(wire)
+        else:
+            self._pass_on(None)
+
+    async def close(self) -> None:
+        """Close every wire; who waits is told so. Idempotent."""
+        self._closed = True
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(NotSent("closed", "the client is closed"))
+        self._waiters.clear()
+        self._idle.clear()
+        for wire in list(self._all):
+            wire.bye()
+        for _ in range(100):
+            if not self._all:
+                return
+            await asyncio.sleep(0.01)
+        for wire in list(self._all):
+            wire.abort()
+
+    def _pass_on(self, wire: W | None) -> None:
+        waiters = self._waiters
+        while waiters:
+            waiter = waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(wire)
+                return
+        if wire is None:
+            self._open -= 1
+        else:
+            self._idle.append(wire)
+
+    async def _dial(self, until: float) -> W:
+        try:
+            wire = await self._connect(until)
+        except BaseException:
+            self._pass_on(None)
+            raise
+        if self._closed:
+            wire.abort()
+            self._pass_on(None)
+            raise NotSent("closed", "the client is closed")
+        self._all.add(wire)
+        wire.on_gone = self._gone
+        if not wire.usable:
+            self._all.discard(wire)
+            self._pass_on(None)
+            raise NotSent("connection-lost", "the server closed the new connection")
+        return wire
+
+    def _gone(self, wire: Wire) -> None:
+        self._all.discard(wire)  # type: ignore[arg-type]
+        if wire in self._idle:
+            self._idle.remove(wire)  # type: ignore[arg-type]
+            self._pass_on(None)
+
+
+def _expire(waiter: asyncio.Future[W | None]) -> None:
+    if not waiter.done():
+        waiter.set_exception(NotSent("queue-timeout", "all connections were busy"))
+
+
+P = TypeVar("P", bound=asyncio.Protocol)
+_RESOLVED_FOR_S = 30.0
+
+
+class Endpoint:
+    """Where a provider is. Names are resolved here and the checked address is what is dialled.
+
+    With `allow_private` false, addresses that are not globally reachable are refused, in every
+    spelling: a name that resolves to one, an IPv4 address inside an IPv6 one (OWASP, server-side
+    request forgery prevention).
+    """
+
+    def __init__(
+        self, host: str, port: int, tls: ssl.SSLContext | None, *, allow_private: bool
+    ) -> None:
+        self.host = host
+        self.port = port
+        self.tls = tls
+        self._allow_private = allow_private
+        self._addresses: list[str] = []
+        self._resolved_at = 0.0
+        self._turn = 0
+
+    async def dial(self, make: Callable[[], P], until: float) -> P:
+        """Connect (and shake hands, when there is TLS) to one of the addresses.
+
+        Raises:
+            NotSent: reason `connect-timeout`, `connect-failed`, `name-not-found`,
+                `address-not-allowed`, `certificate-refused` or `tls-failed`.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(until):
+                addresses = await self._resolve(loop)
+                self._turn += 1
+                failure = ""
+                for offset in range(len(addresses)):
+                    address = addresses[(self._turn + offset) % len(addresses)]
+                    try:
+                        _, protocol = await loop.create_connection(
+                            make,
+                            address,
+                            self.port,
+                            ssl=self.tls,
+                            server_hostname=self.host if self.tls is not None else None,
+                        )
+                    except ssl.SSLCertVerificationError as error:
+                        raise NotSent("certificate-refused", error.verify_message) from None
+                    except ssl.SSLError as error:
+                        raise NotSent("tls-failed", error.reason or "") from None
+                    except OSError as error:
+                        failure = error.strerror or type(error).__name__
+                        continue
+                    return protocol
+                raise NotSent("connect-failed", failure)
+        except TimeoutError:
+            raise NotSent("connect-timeout", f"{self.host}:{self.port}") from None
+
+    async def _resolve(self, loop: asyncio.AbstractEventLoop) -> list[str]:
+        now = loop.time()
+        if self._addresses and now - self._resolved_at < _RESOLVED_FOR_S:
+            return self._addresses
+        try:
+            found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except OSError:
+            raise NotSent("name-not-found", self.host) from None
+        addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
+        if not self._allow_private:
+            addresses = [address for address in addresses if is_global(address)]
+            if not addresses:
+                raise NotSent("address-not-allowed", f"{self.host} is no public address")
+        self._addresses, self._resolved_at = addresses, now
+        return addresses
+
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def is_global(address: str) -> bool:
+    """Whether an IP address is publicly reachable, also as the IPv4 address that it wraps."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if inner is None and ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            ip = inner
+    return ip.is_global and not ip.is_multicast
