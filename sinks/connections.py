@@ -55,6 +55,7 @@ class Wire(asyncio.Protocol):
         self._timer_at = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection is there (with TLS: its handshake is done)."""
         self.attach(cast(asyncio.Transport, transport))
 
     def attach(self, transport: asyncio.Transport) -> None:
@@ -71,9 +72,11 @@ class Wire(asyncio.Protocol):
             self.usable = False
 
     def pause_writing(self) -> None:
+        """Some bytes of what was written have not left this process."""
         self.paused = True
 
     def resume_writing(self) -> None:
+        """All bytes have left this process."""
         self.paused = False
 
     def fresh(self, idle: float) -> bool:
@@ -110,6 +113,7 @@ class Wire(asyncio.Protocol):
             self.busy_until(limit)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone, whoever closed it."""
         self.usable = False
         if self._timer is not None:
             self._timer.cancel()
@@ -161,8 +165,7 @@ class Pool(Generic[W]):
         Raises:
             NotSent: no wire by `until` (loop time), no connection, or the pool is closed.
         """
-        if self._closed:
-            raise NotSent("closed", "the client is closed")
+        self._require_open()
         idle = self._idle
         while idle:
             wire = idle.pop()
@@ -189,10 +192,11 @@ class Pool(Generic[W]):
             if handed.fresh(self._idle_s):
                 return handed
             handed.abort()
-        if self._closed:
-            self._open -= 1
-            raise NotSent("closed", "the client is closed")
         return await self._dial(until)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise NotSent("closed", "the client is closed")
 
     def give(self, wire: W) -> None:
         """Give a wire back; one that is not `usable` makes room for another."""
@@ -232,15 +236,16 @@ class Pool(Generic[W]):
             self._idle.append(wire)
 
     async def _dial(self, until: float) -> W:
+        wire: W | None = None
         try:
+            self._require_open()
             wire = await self._connect(until)
+            self._require_open()
         except BaseException:
+            if wire is not None:
+                wire.abort()
             self._pass_on(None)
             raise
-        if self._closed:
-            wire.abort()
-            self._pass_on(None)
-            raise NotSent("closed", "the client is closed")
         self._all.add(wire)
         wire.on_gone = self._gone
         if not wire.usable:
@@ -250,9 +255,9 @@ class Pool(Generic[W]):
         return wire
 
     def _gone(self, wire: Wire) -> None:
-        self._all.discard(wire)  # type: ignore[arg-type]
+        self._all.discard(cast(W, wire))
         if wire in self._idle:
-            self._idle.remove(wire)  # type: ignore[arg-type]
+            self._idle.remove(wire)
             self._pass_on(None)
 
 

@@ -272,8 +272,6 @@ class _HttpWire(Wire):
 
     def _cut_off(self, reason: str) -> None:
         self.usable = False
-        if self._answer is None:
-            return
         if self._status:
             self._settle(self._known(complete=False))
         elif self.paused:
@@ -283,7 +281,8 @@ class _HttpWire(Wire):
 
     def _settle(self, result: HttpAnswer | NotSent | InDoubt) -> None:
         answer = self._answer
-        assert answer is not None
+        if answer is None:
+            return
         self._answer = None
         self.busy_until(0.0)
         if self.usable:

@@ -214,12 +214,11 @@ class SmtpClient:
     async def _open_session(self, loop: asyncio.AbstractEventLoop, wire: _SmtpWire) -> None:
         _expect(await wire.command(b""), "connect", 220)
         await self._hello(wire)
-        if self._security is SmtpTls.STARTTLS:
+        if self._security is SmtpTls.STARTTLS and self._tls is not None:
             if not wire.extensions.starttls:
                 raise NotSent("starttls-not-offered", "the SMTP server offers no STARTTLS")
             _expect(await wire.command(b"STARTTLS\r\n"), "connect", 220)
             wire.forget_plaintext()
-            assert self._tls is not None
             transport = await loop.start_tls(
                 wire.transport, wire, self._tls, server_hostname=self._host
             )
@@ -472,7 +471,8 @@ class _SmtpWire(Wire):
 
     def _settle(self, result: SmtpOutcome | NotSent | InDoubt) -> None:
         answer = self._answer
-        assert answer is not None
+        if answer is None:
+            return
         self._answer = None
         self._data = b""
         self.busy_until(0.0)

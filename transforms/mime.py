@@ -48,9 +48,8 @@ def envelope_address(address: str) -> str:
     Raises:
         Unsendable: `malformed-address`.
     """
-    if len(address) <= 254 and _PLAIN_ADDRESS.fullmatch(address):
-        if address.find("@") <= 64:
-            return address
+    if len(address) <= 254 and _PLAIN_ADDRESS.fullmatch(address) and address.find("@") <= 64:
+        return address
     local, _, domain = address.rpartition("@")
     if len(address) > 254 or not 1 <= len(local.encode("utf-8", "replace")) <= 64:
         raise Unsendable("malformed-address", "an address has an impossible length or no @")

@@ -25,15 +25,16 @@ from decimal import Decimal
 from functools import wraps
 from itertools import islice
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import orjson
 from jinja2 import StrictUndefined, TemplateError, Undefined, UndefinedError, nodes, pass_context
 from jinja2.environment import Template
+from jinja2.exceptions import SecurityError
 from jinja2.filters import FILTERS
 from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import Context, Macro, markup_join, str_join
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
@@ -119,8 +120,9 @@ def parse_source(content: bytes) -> TemplateSource:
         subject, html, text = record["subject"], record["html"], record["text"]
     except (orjson.JSONDecodeError, KeyError, TypeError):
         raise InvalidTemplate("a template record must be JSON with subject, html, text") from None
-    if not isinstance(subject, str) or not all(v is None or isinstance(v, str)
-                                               for v in (html, text)):
+    if not isinstance(subject, str) or not all(
+        v is None or isinstance(v, str) for v in (html, text)
+    ):
         raise InvalidTemplate("subject, html and text of a template must be strings")
     return TemplateSource(subject, html, text)
 
@@ -170,8 +172,8 @@ def render(
     if None in values.values():
         values = {name: value for name, value in values.items() if value is not None}
     subject = _render_part("subject", compiled.subject, values, meter)
-    html = compiled.html and _render_part("html", compiled.html, values, meter)
-    text = compiled.text and _render_part("text", compiled.text, values, meter)
+    html = _render_part("html", compiled.html, values, meter) if compiled.html else None
+    text = _render_part("text", compiled.text, values, meter) if compiled.text else None
     subject = clean_header_text(subject)
     if not subject:
         raise RenderingFailed("subject: renders to nothing")
@@ -261,8 +263,7 @@ class _RenderContext(Context):
     meter: Meter
 
     def derived(self, locals: dict[str, Any] | None = None) -> Context:
-        context = super().derived(locals)
-        assert isinstance(context, _RenderContext)
+        context = cast(_RenderContext, super().derived(locals))
         context.meter = self.meter
         return context
 
@@ -355,7 +356,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> None:
         """Format strings are no allowed methods; see `is_safe_attribute`."""
-        return None
+        return
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if not super().is_safe_attribute(obj, attr, value):
@@ -391,9 +392,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif operator == "**":
             if abs(right) > 64 or abs(left) > 1_000_000:
                 raise _Refused("raises a number to a power that is too large")
-        elif operator == "*" and isinstance(left, int) and isinstance(right, int):
-            if left.bit_length() + right.bit_length() > 512:
-                raise _Refused("multiplies numbers that are too large")
+        elif (
+            operator == "*"
+            and isinstance(left, int)
+            and isinstance(right, int)
+            and left.bit_length() + right.bit_length() > 512
+        ):
+            raise _Refused("multiplies numbers that are too large")
         return super().call_binop(context, operator, left, right)
 
     def metered(self, context: _RenderContext, items: Iterable[Any], chars: int) -> Iterator[Any]:
@@ -526,9 +531,7 @@ def _metered_filter(name: str) -> Callable[..., Any]:
     return pass_context(metered)
 
 
-_FILTERS = {
-    name: _metered_filter(name) for name in _TEXT_FILTERS | _VALUE_FILTERS | _LIST_FILTERS
-}
+_FILTERS = {name: _metered_filter(name) for name in _TEXT_FILTERS | _VALUE_FILTERS | _LIST_FILTERS}
 
 
 @pass_context
@@ -553,7 +556,7 @@ _ALLOWED_NODES: tuple[type[nodes.Node], ...] = (
     nodes.Getattr, nodes.Slice, nodes.Concat, nodes.Compare, nodes.Operand, nodes.BinExpr,
     nodes.UnaryExpr,
 )  # fmt: skip
-_STATEMENTS = {
+_STATEMENTS: dict[type[nodes.Node], str] = {
     nodes.Include: "include", nodes.Import: "import", nodes.FromImport: "from … import",
     nodes.Extends: "extends", nodes.Block: "block", nodes.Scope: "autoescape",
 }  # fmt: skip
