@@ -16,16 +16,15 @@ import csv
 import json
 import os
 import zoneinfo
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import apache_beam as beam  # type: ignore[import-untyped]
-import pyarrow as pa  # type: ignore[import-untyped]
-from apache_beam.options.pipeline_options import PipelineOptions  # type: ignore[import-untyped]
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipelines.profile_sources import Batch, Rejected, Split, attribute_names, plan, read
 from pipelines.spill import read_shard, write_spill
@@ -171,9 +170,7 @@ def _run(job: _Job, splits: Sequence[Split]) -> None:
             | "Page" >> beam.ParDo(_Page(job), beam.pvalue.AsList(spilled))
             | "Gather" >> beam.combiners.ToList()
         )
-        finished | "Manifest" >> beam.Map(
-            _write_manifest, beam.pvalue.AsList(spilled), job
-        )
+        finished | "Manifest" >> beam.Map(_write_manifest, beam.pvalue.AsList(spilled), job)
 
 
 def _tell(job: _Job, phase: str, rows: int) -> None:
@@ -246,9 +243,7 @@ class _Page(beam.DoFn):  # type: ignore[misc]
                 file.flush()
                 os.fsync(file.fileno())
         _tell(self._job, "page", sum(done.zones.values()) + done.duplicates + done.not_selected)
-        yield _Finished(
-            shard, tuple(done.pages), done.zones, done.duplicates, done.not_selected
-        )
+        yield _Finished(shard, tuple(done.pages), done.zones, done.duplicates, done.not_selected)
 
 
 def _write_manifest(finished: list[_Finished], spilled: list[_Spilled], job: _Job) -> None:

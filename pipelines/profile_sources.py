@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.csv as pacsv  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
 
 from schemas.errors import InvalidProfile
 from schemas.profile import KNOWN_COLUMNS, MAX_ATTRIBUTES, RECIPIENT_ID, RejectReason
@@ -36,6 +37,9 @@ MAX_RAW = 2000
 MAX_LINE_BYTES = 16 << 20
 _MAX_CUTS = 1000
 _STRAY_QUOTE = re.compile(rb'[^",\r\n]"[^",\r\n]')
+UNREADABLE = "\ufffe"
+"""Stands for a byte that could not be read, until its row is rejected: a noncharacter, which no
+text that is meant for others has (Unicode 16, 23.7)."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -74,18 +78,22 @@ class Batch:
     def raw(self, position: int) -> str:
         """A row as CSV, for the rejects file."""
         values = (array[position].as_py() for array in self.columns.values())
-        return as_csv([_plain(value) for value in values])
+        return _shown(as_csv([_plain(value) for value in values]))
 
 
 def _plain(value: object) -> object:
     return ";".join(map(str, value)) if isinstance(value, list) else value
 
 
+def _shown(text: str) -> str:
+    return text[:MAX_RAW].replace(UNREADABLE, "\ufffd")
+
+
 def as_csv(values: Sequence[object]) -> str:
     """Values as one line of CSV without its end."""
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue()[:MAX_RAW]
+    return line.getvalue()
 
 
 def plan(paths: Sequence[Path]) -> list[Split]:
@@ -223,7 +231,7 @@ def _one_by_one(batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> Iterator[
             good.append(position)
         except pa.ArrowInvalid:
             values = [_lossy(array) for array in row.columns]
-            raw = as_csv(values)
+            raw = _shown(as_csv(values))
             rejected.append(Rejected(int(rows[position]), RejectReason.UNDECODABLE, raw))
     kept = batch.take(pa.array(good, pa.int64()))
     yield Batch(_typed(kept), rows[good], rejected)
@@ -304,14 +312,15 @@ class _CsvReader:
             return "skip"
 
         names = self._split.columns
+        text = _decodable(chunk)
         try:
             table = pacsv.read_csv(
-                pa.BufferReader(_decodable(chunk)),
+                pa.BufferReader(text),
                 read_options=pacsv.ReadOptions(
-                    column_names=names, use_threads=False, block_size=len(chunk) + 1
+                    column_names=names, use_threads=False, block_size=len(text) + 1
                 ),
                 parse_options=pacsv.ParseOptions(
-                    newlines_in_values=b'"' in chunk, invalid_row_handler=skip
+                    newlines_in_values=b'"' in text, invalid_row_handler=skip
                 ),
                 convert_options=pacsv.ConvertOptions(
                     column_types=dict.fromkeys(names, pa.string()),
@@ -327,18 +336,19 @@ class _CsvReader:
         count = table.num_rows + len(invalid)
         rows = np.arange(self._row, self._row + count, dtype=np.int64)
         rejected = [
-            Rejected(self._row + number - 1, RejectReason.COLUMN_COUNT, text[:MAX_RAW])
+            Rejected(self._row + number - 1, RejectReason.COLUMN_COUNT, _shown(text))
             for number, text in invalid
         ]
         self._row += count
-        return Batch(
+        batch = Batch(
             {
                 name: column.chunk(0) if column.num_chunks else pa.array([], pa.string())
                 for name, column in zip(names, table.columns, strict=True)
             },
-            np.delete(rows, [number - 1 for number, _ in invalid]),
+            np.delete(rows, np.array([number - 1 for number, _ in invalid], dtype=np.int64)),
             rejected,
         )
+        return batch if text is chunk else _set_apart(batch)
 
     def _parse_by_record(self, length: int) -> Batch:
         """At least ``length`` bytes (a chunk's worth if 0) by Python's parser."""
@@ -369,18 +379,20 @@ class _CsvReader:
                 if reason is RejectReason.BROKEN_QUOTES:
                     lines.give_back()
                     parser = csv.reader(lines)
-                raw = lines.taken[0].rstrip("\r\n")[:MAX_RAW]
+                raw = _shown(lines.taken[0].rstrip("\r\n"))
                 rejected.append(Rejected(self._row, reason, raw))
             self._row += 1
         self._rest = lines.rest()
         columns = list(zip(*records, strict=True)) if records else [()] * len(names)
-        return Batch(
-            {
-                name: pa.array([value or None for value in column], pa.string())
-                for name, column in zip(names, columns, strict=True)
-            },
-            np.array(rows, dtype=np.int64),
-            rejected,
+        return _set_apart(
+            Batch(
+                {
+                    name: pa.array([value or None for value in column], pa.string())
+                    for name, column in zip(names, columns, strict=True)
+                },
+                np.array(rows, dtype=np.int64),
+                rejected,
+            )
         )
 
     def _fault(self, record: list[str], lines: _Lines) -> RejectReason | None:
@@ -470,15 +482,40 @@ class _Lines:
         return b"".join(self._returned) + self._stream.read()
 
 
-codecs.register_error(
-    "fanfare-nul", lambda error: ("\0" * (error.end - error.start), error.end)
-)
+def _mark(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return UNREADABLE * (error.end - error.start), error.end
+
+
+codecs.register_error("fanfare-mark", _mark)
 
 
 def _decodable(chunk: bytes) -> bytes:
-    """``chunk`` with NUL in place of each byte that is not UTF-8; NUL rejects its row later."""
+    """``chunk`` with ``UNREADABLE`` for each byte that is not UTF-8, and for NUL.
+
+    NUL because Arrow's parser finds wrong column counts in rows that have it (seen in 16.1).
+    """
     try:
         chunk.decode()
     except UnicodeDecodeError:
-        return chunk.decode(errors="fanfare-nul").encode()
-    return chunk
+        chunk = chunk.decode(errors="fanfare-mark").encode()
+    return chunk.replace(b"\0", UNREADABLE.encode()) if b"\0" in chunk else chunk
+
+
+def _set_apart(batch: Batch) -> Batch:
+    """A batch with its rows that have ``UNREADABLE`` rejected."""
+    bad = np.zeros(len(batch.rows), dtype=np.bool_)
+    for array in batch.columns.values():
+        marked = pc.fill_null(pc.match_substring(array, UNREADABLE), False)
+        bad |= marked.to_numpy(zero_copy_only=False)
+    rejected = [
+        Rejected(int(batch.rows[at]), RejectReason.UNDECODABLE, batch.raw(at))
+        for at in np.flatnonzero(bad).tolist()
+    ]
+    kept = pa.array(~bad)
+    return Batch(
+        {name: array.filter(kept) for name, array in batch.columns.items()},
+        batch.rows[~bad],
+        [*batch.rejected, *rejected],
+    )

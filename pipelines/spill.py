@@ -7,13 +7,14 @@ Scratch only: read by the build that wrote it, then deleted.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 
 from schemas.pages import SHARDS
 from transforms.profile import PASSED_SCHEMA, Profiles, spilled, take
@@ -32,9 +33,7 @@ def write_spill(
     inside, inside_shards = _in_order(profiles, shards, selected)
     outside, outside_shards = _in_order(profiles, shards, ~selected)
     rows = spilled(inside)
-    passed = pa.record_batch(
-        [outside.recipient_ids, outside.updated_at_us], schema=PASSED_SCHEMA
-    )
+    passed = pa.record_batch([outside.recipient_ids, outside.updated_at_us], schema=PASSED_SCHEMA)
     sections = [
         rows.schema.serialize(),
         *_by_shard(rows, inside_shards),
@@ -58,7 +57,7 @@ def _by_shard(rows: pa.RecordBatch, shards: npt.NDArray[np.uint8]) -> list[pa.Bu
     bounds = np.searchsorted(shards, np.arange(SHARDS + 1)).tolist()
     return [
         rows.slice(start, end - start).serialize() if end > start else pa.py_buffer(b"")
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, end in itertools.pairwise(bounds)
     ]
 
 

@@ -12,7 +12,7 @@ from enum import Enum
 RECIPIENT_ID = "recipient_id"
 EMAIL = "email"
 PHONE = "phone"
-PUSH_TOKEN = "push_token"
+PUSH_TOKEN = "push_token"  # noqa: S105 - a column's name
 ZONE = "zone"
 LOCALE = "locale"
 CONSENTS = "consents"
@@ -56,5 +56,7 @@ class RejectReason(Enum):
     UNKNOWN_ZONE = "zone is no IANA time zone, such as Europe/Berlin"
     BAD_CONSENTS = "consents are no channel:topic items separated by ';' (email, sms, push)"
     BAD_UPDATED_AT = "updated_at is no ISO 8601 time"
-    LONG_FIELD = f"a value is longer than {MAX_FIELD_BYTES} bytes, an attribute {MAX_ATTRIBUTE_BYTES}"
+    LONG_FIELD = (
+        f"a value is longer than {MAX_FIELD_BYTES} bytes, an attribute {MAX_ATTRIBUTE_BYTES}"
+    )
     BAD_ATTRIBUTE = "an attribute is a number that is not finite"

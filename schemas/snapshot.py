@@ -19,12 +19,12 @@ import hashlib
 import io
 import json
 from array import array
-from backports import zstd
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import fastavro  # type: ignore[import-untyped]
+import fastavro
+from backports import zstd
 
 from schemas.errors import CorruptPage
 from schemas.ids import SnapshotId
@@ -446,9 +446,7 @@ class Manifest:
         """Canonical JSON: sorted keys, no blanks, UTF-8."""
         plain = asdict(self)
         del plain["_by_shard"]
-        return json.dumps(
-            plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False
-        ).encode()
+        return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:

@@ -243,8 +243,7 @@ class FileStore:
             folder = Path(tempfile.mkdtemp(prefix="build-", dir=parent))
         except OSError as error:
             raise FanfareError(
-                f"can't write to the store {self.root}: {error.strerror}; give another with "
-                "--store"
+                f"can't write to the store {self.root}: {error.strerror}; give another with --store"
             ) from error
         try:
             yield folder
@@ -297,9 +296,8 @@ def _write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.rename(name, path)
+        Path(name).rename(path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        Path(name).unlink(missing_ok=True)
         raise
     sync(path.parent)

@@ -81,15 +81,18 @@ def build(
 
     request = AudienceRequest(tuple(files), tenant, segment, default_zone, rejects)
     started = time.monotonic()
-    with _told(), Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed:,.0f} rows"),
-        TaskRate(),
-        TimeElapsedColumn(),
-        console=_errors,
-        disable=not _errors.is_terminal,
-    ) as progress:
+    with (
+        _told(),
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:,.0f} rows"),
+            TaskRate(),
+            TimeElapsedColumn(),
+            console=_errors,
+            disable=not _errors.is_terminal,
+        ) as progress,
+    ):
         phases = {
             "read": progress.add_task("read, check, select", total=None),
             "page": progress.add_task("sort and page", total=None, start=False),

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
-import pyarrow.csv as pacsv  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
 
 CHUNK_ROWS = 20_000
 DUPLICATES = 0.02
@@ -85,7 +85,7 @@ _CONSENTS: dict[str, float] = {
     "sms:offers": 0.03,
     "": 0.03,
 }
-_PLANS = {"free": 0.6, "plus": 0.25, "pro": 0.12, "Größe XL, \"best\"": 0.03}
+_PLANS = {"free": 0.6, "plus": 0.25, "pro": 0.12, 'Größe XL, "best"': 0.03}
 _DAY_US = 86_400_000_000
 _START_US = 1_735_689_600_000_000
 
@@ -193,14 +193,12 @@ def _chunk(numbers: npt.NDArray[np.int64], random: np.random.Generator) -> pa.Ta
     """Good rows of the people with these numbers, then duplicates and bad rows, mixed."""
     good = _people(numbers, random)
     count = len(numbers)
-    again = random.choice(count, size=int(count * DUPLICATES), replace=False) if count else []
+    again = random.permutation(count)[: int(count * DUPLICATES)]
     duplicates = good.take(pa.array(again, pa.int64()))
     shift = pa.array(random.integers(-300, 300, len(duplicates)) * _DAY_US)
     moved = pc.add(duplicates["updated_at"].cast(pa.int64()), shift).cast(good["updated_at"].type)
     duplicates = _replace(duplicates, "updated_at", moved)
-    duplicates = _replace(
-        duplicates, "plan", _pick(random, _PLANS, len(duplicates))
-    )
+    duplicates = _replace(duplicates, "plan", _pick(random, _PLANS, len(duplicates)))
     bad = _spoil(good.take(pa.array(random.choice(count, int(count * BAD_ROWS)), pa.int64())))
     table = pa.concat_tables([good, duplicates, bad])
     return table.take(pa.array(random.permutation(table.num_rows)))

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.pages import PAGE_SIZE
 from schemas.profile import (
@@ -183,9 +183,7 @@ def _cut(
     ).tobytes()
     zone_codes, zone_names = _codes(_single(rows, ZONE))
     consent_codes, consent_texts = _codes(_single(rows, CONSENTS))
-    consent_sets = [
-        text.split(CONSENT_SEPARATOR) if text else [] for text in consent_texts
-    ]
+    consent_sets = [text.split(CONSENT_SEPARATOR) if text else [] for text in consent_texts]
 
     parts = [container_header()]
     position = len(parts[0])

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.errors import InvalidProfile
 from schemas.profile import (
@@ -151,8 +151,11 @@ def known_type(name: str, kind: pa.DataType) -> None:
     if not good:
         raise InvalidProfile(
             f"column {name!r} is {kind}; expected {KNOWN_COLUMNS[name]}, as text"
-            + {RECIPIENT_ID: " or whole numbers", CONSENTS: " or a list of text",
-               UPDATED_AT: " or a timestamp"}.get(name, "")
+            + {
+                RECIPIENT_ID: " or whole numbers",
+                CONSENTS: " or a list of text",
+                UPDATED_AT: " or a timestamp",
+            }.get(name, "")
         )
 
 
@@ -384,9 +387,7 @@ def _combine(dictionaries: list[list[Any]], distinct: npt.NDArray[np.int64]) -> 
     """Tuples of values for each distinct code of two dictionaries combined."""
     before, last = dictionaries
     tuples = [one if isinstance(one, tuple) else (one,) for one in before]
-    return [
-        (*tuples[code // len(last)], last[code % len(last)]) for code in distinct.tolist()
-    ]
+    return [(*tuples[code // len(last)], last[code % len(last)]) for code in distinct.tolist()]
 
 
 def _codes(profiles: Profiles, name: str) -> tuple[npt.NDArray[np.int64], list[Any]]:

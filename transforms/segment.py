@@ -26,7 +26,7 @@ import ast
 import difflib
 import math
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +71,7 @@ def compile_segment(text: str) -> Segment:
             f"{_place(stripped, offset - 1)}: {getattr(error, 'msg', None) or error}; expected an "
             'expression such as age >= 18 and country in ("DE", "AT")'
         ) from None
-    names = tuple(sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-                         - {_called(node) for node in ast.walk(tree)}))
+    names = tuple(sorted({node.id for node in _read_names(tree)}))
     evaluate = _Compiler(stripped, {name: at for at, name in enumerate(names)}).compile(tree.body)
     return Segment(stripped, names, lambda row: _truth(evaluate(row)))
 
@@ -82,11 +81,7 @@ def check_names(segment: Segment, known: Collection[str]) -> None:
     for name in segment.names:
         if name not in known:
             tree = ast.parse(segment.text, mode="eval")
-            column = min(
-                node.col_offset
-                for node in ast.walk(tree)
-                if isinstance(node, ast.Name) and node.id == name
-            )
+            column = min(node.col_offset for node in _read_names(tree) if node.id == name)
             near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InvalidSegment(
@@ -95,15 +90,15 @@ def check_names(segment: Segment, known: Collection[str]) -> None:
             )
 
 
-def _called(node: ast.AST) -> str:
-    """The function's name, if ``node`` calls one of ours."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return node.func.id if node.func.id in _FUNCTIONS else ""
-    return ""
+def _read_names(tree: ast.AST) -> Iterator[ast.Name]:
+    """The names that stand for values, not for functions."""
+    nodes = list(ast.walk(tree))
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    return (node for node in nodes if isinstance(node, ast.Name) and id(node) not in called)
 
 
 def _place(text: str, column: int) -> str:
-    return f"segment, column {column + 1} (at {text[column:column + 20]!r})"
+    return f"segment, column {column + 1} (at {text[column : column + 20]!r})"
 
 
 def _number(value: Value) -> int | float | None:
@@ -321,15 +316,14 @@ class _Compiler:
             left, right = self.compile(node.left), self.compile(node.comparators[0])
             return lambda row: compare(left(row), right(row))
         operands = [self.compile(one) for one in (node.left, *node.comparators)]
-        steps = list(zip(operands, [_COMPARISONS[type(op)] for op in node.ops], operands[1:]))
+        compares = [_COMPARISONS[type(op)] for op in node.ops]
+        steps = list(zip(operands[:-1], compares, operands[1:], strict=True))
         return lambda row: all(compare(a(row), b(row)) for a, compare, b in steps)
 
     def _call(self, node: ast.Call) -> Evaluate:
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if name not in _FUNCTIONS:
-            raise self._refused(
-                node, "no such function", "one of " + ", ".join(FUNCTIONS.values())
-            )
+            raise self._refused(node, "no such function", "one of " + ", ".join(FUNCTIONS.values()))
         function, arity, usage = _FUNCTIONS[name]
         if len(node.args) != arity or node.keywords:
             raise self._refused(node, f"{len(node.args)} arguments", usage)
