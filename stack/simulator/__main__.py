@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 import uvloop
 
+from schemas.errors import FanfareError
 from stack.simulator import control
 from stack.simulator.config import ConfigError, SimulatorConfig, updated
 from stack.simulator.control import ControlConnection
@@ -162,7 +163,7 @@ def main() -> int:
     options = _parser().parse_args()
     try:
         simulator = _simulator(options)
-    except (ConfigError, OSError, ValueError, ssl.SSLError) as error:
+    except (FanfareError, OSError, ValueError) as error:
         print(f"simulator: {error}", file=sys.stderr)
         return 2
     try:

@@ -15,11 +15,13 @@ from urllib.parse import urlsplit
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from schemas.errors import InvalidInput
+
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
-class ConfigError(ValueError):
+class ConfigError(InvalidInput):
     """A setting is unknown, of the wrong type or out of range; the message names it."""
 
     def __init__(self, problems: list[tuple[str, str]]) -> None:

@@ -49,10 +49,12 @@ class Connection(asyncio.Protocol):
         self._in_proceed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The client has connected."""
         self.transport = transport  # type: ignore[assignment]
         self._owner.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The client has left, or was dropped."""
         self.closing = True
         self._owner.connections.discard(self)
         self._owner.open.discard(self)

@@ -24,16 +24,17 @@ from urllib.parse import parse_qsl, unquote
 
 import orjson
 
+from schemas.errors import InvalidInput
 from stack.simulator.config import ConfigError, updated
 from stack.simulator.connection import now_ms
 from stack.simulator.http_wire import Head, HttpConnection, json_response, response
 from stack.simulator.provider import Simulator
-from stack.simulator.record import id_of
+from stack.simulator.record import RunCounts, id_of
 
 MAX_PAGE = 100_000
 
 
-class BadQuery(Exception):
+class BadQuery(InvalidInput):
     """A query parameter is unknown or can't be read; the message names it."""
 
 
@@ -61,9 +62,11 @@ class ControlConnection(HttpConnection):
 
     @property
     def is_open(self) -> bool:
+        """Never: questions about open requests are none themselves."""
         return False
 
     def on_request(self, head: Head, body: bytes, started_ms: int) -> None:
+        """Answer one question, or begin to wait for its answer."""
         target, _, raw = head.target.partition("?")
         path = unquote(target)
         query = dict(parse_qsl(raw, keep_blank_values=True))
@@ -228,8 +231,7 @@ def stats(simulator: Simulator, run: str | None) -> dict[str, Any]:
                 refused[reason] = refused.get(reason, 0) + count
     else:
         of_run = record.runs.get(run)
-        counts = of_run.as_dict() if of_run is not None else {"accepted": 0, "unique": 0}
-        counts.setdefault("duplicates", 0)
+        counts = (of_run or RunCounts()).as_dict()
         refused = dict(simulator.refused.get(run, {}))
     seconds = starts.per_second(run)
     second = now_ms() // 1000

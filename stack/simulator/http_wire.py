@@ -10,9 +10,11 @@ import time
 from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
+from typing import ClassVar
 
 import orjson
 
+from schemas.errors import InvalidInput
 from stack.simulator.connection import Connection, OpenRequests, now_ms
 
 MAX_HEAD_BYTES = 65_536
@@ -33,7 +35,7 @@ class Head:
     expects: bool
 
 
-class MalformedRequest(Exception):
+class MalformedRequest(InvalidInput):
     """The bytes are no request that we can frame; the connection can't go on."""
 
 
@@ -122,7 +124,7 @@ class HttpConnection(Connection):
     The subclass answers in one of Connection's ways.
     """
 
-    _heads: dict[bytes, Head] = {}
+    _heads: ClassVar[dict[bytes, Head]] = {}
 
     def __init__(self, owner: OpenRequests, max_body_bytes: int) -> None:
         super().__init__(owner)
@@ -132,6 +134,7 @@ class HttpConnection(Connection):
         self._body_at = 0
 
     def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
         if self.hung or self.closing:
             return
         if self._buffer:
@@ -145,9 +148,11 @@ class HttpConnection(Connection):
 
     @property
     def is_open(self) -> bool:
+        """Whether a request has begun to come and has no answer."""
         return self.busy or bool(self._buffer)
 
     def proceed(self) -> None:
+        """Hand on whole requests until one is busy."""
         while self._buffer and not self.busy and not self.closing:
             head = self._head
             if head is None:

@@ -105,11 +105,6 @@ class Simulator:
             self._known_keys[authorization] = key if good else None
             return key if good else None
 
-    def tls_context(self) -> ssl.SSLContext:
-        """The certificate's context. Only called where STARTTLS is offered."""
-        assert self.tls is not None
-        return self.tls
-
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine that nobody waits for."""
         task = asyncio.get_running_loop().create_task(work)
@@ -193,8 +188,7 @@ class Simulator:
             body=body if config.keep_bodies else None,
             keep_bodies=config.keep_bodies,
         )
-        if self._flush_timer is None:
-            self._flush_timer = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+        self._flush_soon()
         if config.webhooks.url is not None and (provider != "smtp" or config.smtp.webhooks):
             rules = self.smtp_rules if provider == "smtp" else self.sendgrid_rules
             self.webhooks.schedule(
@@ -246,6 +240,11 @@ class Simulator:
         for send_id in send_ids:
             self.record.note_unanswered(send_id, fault)
         self.count_fault(fault)
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if self._flush_timer is None:
+            self._flush_timer = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
 
     def _flush(self) -> None:
         self._flush_timer = None
@@ -272,9 +271,10 @@ class Simulator:
         """Drop connections, write everything out; returns how many events were saved unsent."""
         for connection in list(self.connections):
             connection.transport.abort()
+            # The loop would say so later than the record is closed.
+            connection.connection_lost(None)
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.sleep(0)
         if self._flush_timer is not None:
             self._flush_timer.cancel()
         pending = await self.webhooks.close()

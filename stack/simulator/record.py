@@ -18,6 +18,8 @@ from uuid import UUID
 
 import orjson
 
+from schemas.errors import Corrupt
+
 Key: TypeAlias = bytes | str
 
 
@@ -68,7 +70,7 @@ class Record:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "accepted.jsonl"
-        self._file = open(self.path, "a+b", buffering=0)
+        self._file = self.path.open("a+b", buffering=0)
         self._buffer: list[bytes] = []
         self._offset = 0
         self.torn_bytes = 0
@@ -89,12 +91,18 @@ class Record:
     def _load(self) -> None:
         size = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
-        with open(self.path, "rb") as lines:
+        with self.path.open("rb") as lines:
             for line in lines:
                 if not line.endswith(b"\n"):
                     self.torn_bytes = len(line)
                     break
-                row = orjson.loads(line)
+                try:
+                    row = orjson.loads(line)
+                except orjson.JSONDecodeError as error:
+                    raise Corrupt(
+                        f"{self.path}: no message at byte {self._offset}: {error};"
+                        " move the file away to start afresh"
+                    ) from error
                 if "note" in row:
                     self._note(key_of(row["id"]), row["note"])
                 else:
@@ -223,7 +231,7 @@ class Record:
         """
         self.flush()
         rows: list[dict[str, Any]] = []
-        with open(self.path, "rb") as lines:
+        with self.path.open("rb") as lines:
             if since:
                 lines.seek(since - 1)
                 if since > self._offset or lines.read(1) != b"\n":
@@ -245,7 +253,7 @@ class Record:
             return []
         self.flush()
         found = []
-        with open(self.path, "rb") as lines:
+        with self.path.open("rb") as lines:
             for offset in (self._first[key], *self._more.get(key, ())):
                 lines.seek(offset)
                 row = orjson.loads(lines.readline())

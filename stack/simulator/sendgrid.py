@@ -27,8 +27,20 @@ MAX_CUSTOM_ARGS_BYTES = 10_000
 _HELP = "http://sendgrid.com/docs/API_Reference/Web_API_v3/Mail/errors.html#"
 _ADDRESS = re.compile(r"[^\s@<>\",;:\\]+@[^\s@<>\",;:\\]+")
 _RESERVED_HEADERS = frozenset(
-    "x-sg-id x-sg-eid received dkim-signature content-type content-transfer-encoding"
-    " to from subject reply-to cc bcc".split()
+    {
+        "x-sg-id",
+        "x-sg-eid",
+        "received",
+        "dkim-signature",
+        "content-type",
+        "content-transfer-encoding",
+        "to",
+        "from",
+        "subject",
+        "reply-to",
+        "cc",
+        "bcc",
+    }
 )
 
 Problem = dict[str, str | None]
@@ -305,21 +317,25 @@ class SendGridConnection(HttpConnection):
         self._fault: Fault | None = None
 
     def on_head(self, head: Head) -> None:
+        """Draw the request's fault."""
         self._max_body_bytes = self._simulator.config.sendgrid.max_body_bytes
         self._fault = self._simulator.sendgrid_faults.draw(self._simulator.rng)
 
     def on_part(self, have: int, length: int) -> None:
+        """Reset in the middle of the body, if that is the request's fault."""
         fault = self._fault
         if fault is not None and fault.kind is FaultKind.RESET_BEFORE and 2 * have >= length:
             self._simulator.starts.add("", self.started_ms)
             self._strike_before(fault, "")
 
     def refused(self, status: int) -> None:
+        """Count what was refused before it was whole."""
         simulator = self._simulator
         simulator.starts.add("", self.started_ms)
         simulator.refuse("", "too_large" if status == 413 else "malformed")
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Count a request that never became whole."""
         if self.started_ms and self._buffer and not self.busy and not self.closing:
             self._simulator.starts.add("", self.started_ms)
             self._simulator.refuse("", "incomplete")
@@ -330,6 +346,7 @@ class SendGridConnection(HttpConnection):
         self.answer(response(status, orjson.dumps({"errors": problems})))
 
     def on_request(self, head: Head, body: bytes, started_ms: int) -> None:
+        """Check a request as the real one does, strike with its fault, or accept it."""
         simulator = self._simulator
         fault, self._fault = self._fault, None
         try:

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import binascii
 import re
+import ssl
 from typing import TYPE_CHECKING
 
 from stack.simulator.connection import Connection, now_ms
@@ -67,7 +68,14 @@ class SmtpConnection(Connection):
         self._utf8 = False
         self.started_ms = 0
 
+    def _abandon(self) -> None:
+        """End a transaction that came to no message; its start counts, its run is unknown."""
+        if self.started_ms:
+            self._simulator.starts.add("", self.started_ms)
+        self._clear()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet, unless there are too many connections or no service."""
         simulator = self._simulator
         settings = simulator.config.smtp
         others = sum(1 for other in simulator.connections if isinstance(other, SmtpConnection))
@@ -81,12 +89,14 @@ class SmtpConnection(Connection):
             self._send()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Count a message that never became whole."""
         if self._in_data and not self.closing:
-            self._simulator.starts.add("", self.started_ms)
             self._simulator.refuse("", "incomplete")
+        self._abandon()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
         if self.hung or self.closing:
             return
         self._buffer += data
@@ -95,6 +105,7 @@ class SmtpConnection(Connection):
 
     @property
     def is_open(self) -> bool:
+        """Whether a message has begun and has no answer."""
         return self.busy or self._sender is not None
 
     def _send(self) -> None:
@@ -112,6 +123,7 @@ class SmtpConnection(Connection):
         self.close_gently()
 
     def proceed(self) -> None:
+        """Follow commands and take messages, collecting the replies of a pipeline."""
         while not self.busy and not self.closing:
             if self._in_data:
                 if not self._take_data():
@@ -144,7 +156,7 @@ class SmtpConnection(Connection):
         elif verb in (b"EHLO", b"HELO"):
             self._hello(verb, line)
         elif verb == b"RSET":
-            self._clear()
+            self._abandon()
             self._reply(b"250 2.0.0 Ok")
         elif verb == b"NOOP":
             self._reply(b"250 2.0.0 Ok")
@@ -165,7 +177,7 @@ class SmtpConnection(Connection):
         if not line[4:].strip():
             self._reply(b"501 5.5.4 the name of the client is missing")
             return
-        self._clear()
+        self._abandon()
         self._greeted = True
         self._extended = verb == b"EHLO"
         if not self._extended:
@@ -304,8 +316,7 @@ class SmtpConnection(Connection):
             self._reply(b"503 5.5.1 MAIL first")
         elif not self._recipients:
             # The transaction is over: a pipelining client goes on with the next MAIL.
-            self._simulator.starts.add("", self.started_ms)
-            self._clear()
+            self._abandon()
             self._reply(b"554 5.5.1 no valid recipients")
         else:
             self._in_data = True
@@ -335,9 +346,8 @@ class SmtpConnection(Connection):
         del buffer[:used]
         self._in_data = False
         if self._skipping or len(raw) > self._simulator.config.smtp.max_message_bytes:
-            self._simulator.starts.add("", self.started_ms)
             self._simulator.refuse("", "too_large")
-            self._clear()
+            self._abandon()
             self._reply(b"552 5.3.4 the message is too large")
             return True
         if b"\r\n." in raw or raw.startswith(b"."):
@@ -411,8 +421,7 @@ class SmtpConnection(Connection):
                 self._send()
                 self.hang()
             case FaultKind.RESET_BEFORE:
-                if self.started_ms:
-                    simulator.starts.add(run, self.started_ms)
+                self._abandon()
                 simulator.struck(fault, self.provider)
                 simulator.refuse(run, "reset_before")
                 self.reset()
@@ -421,7 +430,8 @@ class SmtpConnection(Connection):
         return True
 
     def _starttls(self) -> None:
-        if self._simulator.tls is None or self._secure:
+        tls = self._simulator.tls
+        if tls is None or self._secure:
             self._reply(b"502 5.5.1 STARTTLS is not offered")
             return
         self._reply(b"220 2.0.0 ready to start TLS")
@@ -430,14 +440,14 @@ class SmtpConnection(Connection):
         self._buffer.clear()
         self._greeted = False
         self._user = None
-        self._clear()
+        self._abandon()
         self.busy = True
-        self._simulator.spawn(self._upgrade())
+        self._simulator.spawn(self._upgrade(tls))
 
-    async def _upgrade(self) -> None:
+    async def _upgrade(self, tls: ssl.SSLContext) -> None:
         try:
             transport = await asyncio.get_running_loop().start_tls(
-                self.transport, self, self._simulator.tls_context(), server_side=True
+                self.transport, self, tls, server_side=True
             )
         except (OSError, asyncio.CancelledError):
             self.closing = True

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,8 +50,8 @@ def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
             serialization.NoEncryption(),
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(pem)
+        path.touch(mode=0o600, exist_ok=False)
+        path.write_bytes(pem)
     path.with_name(path.name + ".pub").write_text(public_key(key) + "\n")
     return key
 
@@ -156,11 +155,13 @@ class Webhooks:
         self._client: Client | None = None
         self._slots: asyncio.Semaphore | None = None
         self._slots_size = 0
+        self._idle = asyncio.Event()
         self._clear()
 
     def _clear(self) -> None:
         self.scheduled = 0
         self.pending = 0
+        self._idle.set()
         self.posts = 0
         self.events_sent = 0
         self.acked_posts = 0
@@ -223,10 +224,14 @@ class Webhooks:
 
     def _put(self, due_ms: float, entry: tuple[_Message, EventKind, float] | bytes) -> None:
         self.scheduled += 1
-        if self.pending >= self._config().webhooks.max_pending_events:
+        settings = self._config().webhooks
+        if self.pending >= settings.max_pending_events:
             self.dropped_events += 1
             return
         self.pending += 1
+        self._idle.clear()
+        if not self._wheel:
+            self._tick_ms = settings.batch_ms
         tick = int(due_ms // self._tick_ms) + 1
         slot = self._wheel.get(tick)
         if slot is None:
@@ -249,10 +254,13 @@ class Webhooks:
                     # An earlier slot can appear meanwhile, at most one delay ahead.
                     await asyncio.sleep(min(wait, self._tick_ms / 1000.0))
                     continue
-                entries = self._wheel.pop(tick)
-                for start in range(0, len(entries), settings.batch_events):
-                    self._dispatch(entries[start : start + settings.batch_events])
+                entries = self._wheel[tick]
+                while entries:
+                    # Out of the wheel only when in a batch: a stop in between saves the rest.
+                    self._dispatch(entries[: settings.batch_events])
+                    del entries[: settings.batch_events]
                     await asyncio.sleep(0)
+                del self._wheel[tick]
                 if settings.batch_ms != self._tick_ms:
                     self._retick(settings.batch_ms)
         finally:
@@ -300,6 +308,8 @@ class Webhooks:
             self.retried_posts += 1
         del self._batches[number]
         self.pending -= len(events)
+        if not self.pending:
+            self._idle.set()
 
     async def _post(self, body: bytes, count: int) -> bool:
         settings = self._config().webhooks
@@ -340,10 +350,11 @@ class Webhooks:
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is pending; False if the time ran out."""
-        deadline = time.monotonic() + timeout_s
-        while self.pending and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        return not self.pending
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
 
     def check_url(self, allow_remote: bool) -> str | None:
         """Why the configured URL is not allowed, if it isn't."""
@@ -369,7 +380,7 @@ class Webhooks:
         """Take up what an earlier process could not send."""
         if not self._saved.exists():
             return
-        with open(self._saved, "rb") as lines:
+        with self._saved.open("rb") as lines:
             for line in lines:
                 due, _, event = line.rstrip(b"\n").partition(b" ")
                 self._put(float(due), event)
@@ -379,9 +390,16 @@ class Webhooks:
     async def close(self) -> int:
         """Stop sending; saves what is pending for :meth:`restore` and returns how much it is."""
         await self._stop_tasks()
+        if self._client is not None:
+            await self._client.close()
+        return self._save()
+
+    def _save(self) -> int:
+        if not self.pending:
+            return 0
         seed = self._config().seed
         count = 0
-        with open(self._saved, "wb") as file:
+        with self._saved.open("wb") as file:
             for events in self._batches.values():
                 for event in events:
                     file.write(b"0 %b\n" % event)
@@ -391,8 +409,4 @@ class Webhooks:
                     event = entry if isinstance(entry, bytes) else _render(seed, *entry)
                     file.write(b"%d %b\n" % (int((tick - 1) * self._tick_ms), event))
                     count += 1
-        if not count:
-            self._saved.unlink()
-        if self._client is not None:
-            await self._client.close()
         return count
