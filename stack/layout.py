@@ -214,7 +214,7 @@ def read_state(home: Home) -> StackState | None:
             supervisor=Identity(**raw["supervisor"]) if raw["supervisor"] else None,
             stopping=raw["stopping"],
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StackFailed(
             f"{home.state_file} is not a readable state of the stack ({error!r}); "
             "delete it and run `fanfare up` again"

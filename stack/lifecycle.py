@@ -19,7 +19,7 @@ from stack.process import Identity, end, wait_gone
 from stack.supervisor import is_supervised, leftovers
 
 DEFAULT_TASKMANAGERS = 4
-START_DEADLINE = timedelta(minutes=2)
+START_DEADLINE = timedelta(minutes=3)
 STOP_DEADLINE = timedelta(seconds=75)
 GIVE_UP_AFTER_FAILURES = 3
 """`up` reports a service as failed after this many fast deaths; the supervisor goes on trying."""

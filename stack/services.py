@@ -374,16 +374,17 @@ def simulator(home: Home, _: Tools, ports: Mapping[str, int]) -> ServiceSpec:
     # Absent when the receiver is not among the chosen services.
     target = ports.get(port_key("receiver", "http"))
     webhooks = ("--webhook-url", f"http://{HOST}:{target}/webhooks/sendgrid") if target else ()
-    spec = _module(
+    private_key, _public = webhook_keys(home)
+    secret(home, "sendgrid-key")
+    return _module(
         "simulator",
         home,
         ports,
         *("--http-port", str(own["http"]), "--smtp-port", str(own["smtp"])),
         *("--control-port", str(own["control"]), *webhooks),
-    )
-    private_key, _public = webhook_keys(home)
-    return replace(
-        spec, env={**spec.env, "FANFARE_WEBHOOK_PRIVATE_KEY_FILE": str(private_key)}
+        *("--record-dir", str(home.data("simulator") / "record")),
+        *("--sendgrid-key-file", str(home.secrets / "sendgrid-key")),
+        *("--webhook-key-file", str(private_key)),
     )
 
 

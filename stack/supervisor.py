@@ -49,6 +49,8 @@ STEADY_AFTER = timedelta(seconds=10)
 """A process that was ready for this long and dies is started again at once."""
 BACKOFF = tuple(timedelta(seconds=s) for s in (0, 0, 0.5, 1, 2, 4, 8, 15))
 """The wait before the n-th start in a row after a fast death; the last one repeats."""
+DIED_FAST, NEVER_READY = 1, 3
+"""How many fast deaths one counts as; never getting ready took long enough to count thrice."""
 LOG_LIMIT_BYTES = 64 * 1024 * 1024
 LOG_CHECK_INTERVAL = timedelta(seconds=30)
 LOCK_PATIENCE = timedelta(seconds=2)
@@ -156,20 +158,20 @@ class Supervisor:
             began = time.monotonic()
             try:
                 await self._set_up(spec)
-                why, steady = await self._one_life(spec)
+                why, blame = await self._one_life(spec)
             except Exception as error:
                 LOGGER.exception("%s: could not be started", name)
-                why, steady = f"could not be started: {error!r}", False
+                why, blame = f"could not be started: {error}", DIED_FAST
             if self._stopping:
                 return
-            fast_deaths = 0 if steady else fast_deaths + 1
+            fast_deaths = fast_deaths + blame if blame else 0
             info = self._infos[name]
             LOGGER.warning(
                 "%s: %s after %.1f s; starting it again", name, why, time.monotonic() - began
             )
             self._set(
                 name,
-                state=State.STARTING if steady else State.FAILING,
+                state=State.FAILING if blame else State.STARTING,
                 identity=None,
                 restarts=info.restarts + 1,
                 failures=fast_deaths,
@@ -186,8 +188,9 @@ class Supervisor:
         if code != 0:
             raise StackFailed(f"its set-up ended with {_ending(code)}")
 
-    async def _one_life(self, spec: ServiceSpec) -> tuple[str, bool]:
-        """Start the process and see it to its end: why it ended, and whether it was steady."""
+    async def _one_life(self, spec: ServiceSpec) -> tuple[str, int]:
+        """Start the process and see it to its end: why it ended, and as how many fast deaths
+        that counts."""
         name = spec.name
         incarnation = f"{time.time_ns() // 1_000_000:x}"
         if spec.scratch is not None:
@@ -215,20 +218,20 @@ class Supervisor:
         )
         if ended.done():
             ready.cancel()
-            return f"{_ending(ended.result())} before it was ready", False
+            return f"{_ending(ended.result())} before it was ready", DIED_FAST
         if not ready.done():
             ready.cancel()
             _kill_group(process.pid)
             await ended
             waited = spec.start_timeout.total_seconds()
-            return f"not ready after {waited:.0f} s: {last_probe_error[0]}", False
+            return f"not ready after {waited:.0f} s: {last_probe_error[0]}", NEVER_READY
         ready_at = time.monotonic()
         self._set(name, state=State.READY, ready_after_s=round(ready_at - began, 2), why="")
         self._ready[name].set()
         LOGGER.info("%s: ready after %.1f s", name, ready_at - began)
         code = await ended
         steady = time.monotonic() - ready_at >= STEADY_AFTER.total_seconds()
-        return _ending(code), steady
+        return _ending(code), 0 if steady else DIED_FAST
 
     async def _spawn(
         self, spec: ServiceSpec, command: tuple[str, ...]
