@@ -6,7 +6,10 @@ real ClickHouse server is a change of URL. Run it with
 
 - ``statements``  what must be known of an SQL text before the engine sees it (pure)
 - ``encodings``   content encodings of requests and responses
-- ``engine``      the chDB engine: handles, sessions, settings, errors
+- ``failures``    ClickHouse's exceptions and their codes
+- ``engine``      the chDB engine and its handles, with settings for one request
+- ``sessions``    handles that outlive a request
+- ``execution``   one statement on one handle: inserts, streams, summaries
 - ``forms``       multipart bodies: form-encoded queries and external tables
 - ``endpoint``    the ASGI application
 - ``__main__``    the process: arguments, lock, socket, signals

@@ -26,17 +26,7 @@ from urllib.parse import parse_qsl
 import orjson
 
 from stack.clickhouse_http.encodings import UnknownEncoding, choose, decoded, encoder
-from stack.clickhouse_http.engine import (
-    AUTHENTICATION_FAILED,
-    BAD_ARGUMENTS,
-    CANNOT_DECODE,
-    INVALID_SESSION_TIMEOUT,
-    NOT_IMPLEMENTED,
-    QUERY_IS_TOO_LARGE,
-    UNKNOWN_EXCEPTION,
-    Engine,
-    QueryFailed,
-)
+from stack.clickhouse_http.engine import Engine
 from stack.clickhouse_http.execution import (
     DEFAULT_FORMAT,
     MAX_STATEMENT_BYTES,
@@ -44,6 +34,16 @@ from stack.clickhouse_http.execution import (
     Body,
     Statement,
     execute,
+)
+from stack.clickhouse_http.failures import (
+    AUTHENTICATION_FAILED,
+    BAD_ARGUMENTS,
+    INCORRECT_DATA,
+    INVALID_SESSION_TIMEOUT,
+    NOT_IMPLEMENTED,
+    QUERY_IS_TOO_LARGE,
+    UNKNOWN_EXCEPTION,
+    QueryFailed,
 )
 from stack.clickhouse_http.forms import ExternalTable, external_tables, parse_form
 from stack.clickhouse_http.sessions import DEFAULT_TIMEOUT, MAX_TIMEOUT, Session, Sessions
@@ -97,15 +97,19 @@ _STATUS: Final[dict[int, int]] = {
     194: 401,
     **dict.fromkeys((192, 193, 497, 512, AUTHENTICATION_FAILED), 403),
     **dict.fromkeys(
-        (6, 8, 15, 25, 26, 27, 36, 38, 41, 44, 53, 62, 69, 72, 117, 167, 168, 223, 376, 427, 441),
+        (
+            *(6, 8, 15, 25, 26, 27, 36, 37, 38, 41, 44, 53, 62, 72, 117, 123, 167, 168, 223),
+            *(321, 376, 427, 441, 675, 676),
+        ),
         400,
     ),
-    **dict.fromkeys((46, 47, 50, 56, 60, 63, 73, 78, 81, 115, 336, 511), 404),
+    **dict.fromkeys((46, 47, 50, 56, 60, 63, 73, 78, 81, 115, 152, 336, 511), 404),
     **dict.fromkeys((76, 209, 439), 503),
     QUERY_IS_TOO_LARGE: 413,
     NOT_IMPLEMENTED: 501,
-    381: 411,
     159: 408,
+    381: 411,
+    779: 415,
 }
 
 _CONTENT_TYPES: Final = (
@@ -419,7 +423,7 @@ def _statement(request: Request, spool: IO[bytes]) -> tuple[Statement, Body]:
     try:
         reader = decoded(spool, request.headers.get("content-encoding", ""))
     except UnknownEncoding as error:
-        raise QueryFailed.of(CANNOT_DECODE, str(error)) from error
+        raise QueryFailed.of(INCORRECT_DATA, str(error)) from error
     body = Body(reader)
     content_type = request.headers.get("content-type", "")
     if content_type.lower().startswith("multipart/form-data"):

@@ -24,74 +24,17 @@ from xml.sax.saxutils import escape
 
 import orjson
 
-from schemas.errors import FanfareError, StackFailed
+from schemas.errors import StackFailed
+from stack.clickhouse_http.failures import UNKNOWN_SETTING, QueryFailed
 from stack.clickhouse_http.statements import set_names
-
-os.environ["TZ"] = "UTC"  # the engine takes its time zone from here when it is loaded
-import chdb
 
 LOCK_FILE: Final = "fanfare-clickhouse.lock"
 CONFIG_FILE: Final = "fanfare-clickhouse.xml"
 
-# ClickHouse's error codes that this endpoint raises itself (src/Common/ErrorCodes.cpp).
-BAD_ARGUMENTS: Final = 36
-NOT_IMPLEMENTED: Final = 48
-SYNTAX_ERROR: Final = 62
-UNKNOWN_SETTING: Final = 115
-CANNOT_DECODE: Final = 117
-READONLY: Final = 164
-QUERY_IS_TOO_LARGE: Final = 223
-SESSION_NOT_FOUND: Final = 372
-SESSION_IS_LOCKED: Final = 373
-INVALID_SESSION_TIMEOUT: Final = 374
-AUTHENTICATION_FAILED: Final = 516
-UNKNOWN_EXCEPTION: Final = 1002
-
-_NAMES: Final = {
-    BAD_ARGUMENTS: "BAD_ARGUMENTS",
-    NOT_IMPLEMENTED: "NOT_IMPLEMENTED",
-    SYNTAX_ERROR: "SYNTAX_ERROR",
-    UNKNOWN_SETTING: "UNKNOWN_SETTING",
-    CANNOT_DECODE: "INCORRECT_DATA",
-    READONLY: "READONLY",
-    QUERY_IS_TOO_LARGE: "QUERY_IS_TOO_LARGE",
-    SESSION_NOT_FOUND: "SESSION_NOT_FOUND",
-    SESSION_IS_LOCKED: "SESSION_IS_LOCKED",
-    INVALID_SESSION_TIMEOUT: "INVALID_SESSION_TIMEOUT",
-    AUTHENTICATION_FAILED: "AUTHENTICATION_FAILED",
-    UNKNOWN_EXCEPTION: "UNKNOWN_EXCEPTION",
-}
-_CODE: Final = re.compile(r"Code: (\d+)\.")
 _SETTING_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 
-# Statement classes of chDB's classify_query.
+# The class that chDB's classify_query gives to statements that only read.
 READS: Final = 0
-UNPARSED: Final = 4
-
-
-class QueryFailed(FanfareError):
-    """A request that ClickHouse's protocol answers with an exception.
-
-    ``code`` is ClickHouse's number; the message is ``Code: N. DB::Exception: …``, as on the wire.
-    """
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-    @classmethod
-    def of(cls, code: int, text: str) -> QueryFailed:
-        """Build one of this endpoint's own refusals."""
-        return cls(code, f"Code: {code}. DB::Exception: {text} ({_NAMES[code]})")
-
-    @classmethod
-    def from_engine(cls, error: Exception) -> QueryFailed:
-        """Translate what chDB raised; text before ``Code:`` is chDB's own and is cut."""
-        text = str(error).strip()
-        match = _CODE.search(text)
-        if match is None:
-            return cls.of(UNKNOWN_EXCEPTION, text or type(error).__name__)
-        return cls(int(match.group(1)), text[match.start() :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +172,11 @@ class Engine:
         self._address = (
             f"{self.path}?config-file={quote(str(config))}&implicit_select=0&async_insert=0"
         )
+        # chDB takes its time zone from the environment in the moment in which it is loaded.
+        os.environ["TZ"] = "UTC"
+        import chdb
+
+        self._connect = chdb.connect
         try:
             self._root = self.open()
             version = self._root.query(b"SELECT version(), timezone()", "TabSeparatedRaw")
@@ -242,7 +190,7 @@ class Engine:
 
     def open(self) -> Handle:
         """Open a handle with default settings."""
-        return Handle(chdb.connect(self._address))
+        return Handle(self._connect(self._address))
 
     def close(self) -> None:
         """Close the engine, which flushes it, and release the folder."""

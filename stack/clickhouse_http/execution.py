@@ -12,17 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from stack.clickhouse_http.encodings import BROKEN_BODY, Encoder, Reader
-from stack.clickhouse_http.engine import (
-    CANNOT_DECODE,
+from stack.clickhouse_http.engine import READS, Engine, Handle, identifier
+from stack.clickhouse_http.failures import (
+    INCORRECT_DATA,
     NOT_IMPLEMENTED,
     QUERY_IS_TOO_LARGE,
     READONLY,
-    READS,
     SYNTAX_ERROR,
-    Engine,
-    Handle,
     QueryFailed,
-    identifier,
 )
 from stack.clickhouse_http.forms import ExternalTable
 from stack.clickhouse_http.statements import (
@@ -68,7 +65,7 @@ class Body:
             return self._reader.read(size)
         except BROKEN_BODY as error:
             raise QueryFailed.of(
-                CANNOT_DECODE, f"The body does not match its Content-Encoding: {error}"
+                INCORRECT_DATA, f"The body does not match its Content-Encoding: {error}"
             ) from error
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from email.parser import BytesParser
 from email.policy import HTTP
 
-from stack.clickhouse_http.engine import BAD_ARGUMENTS, QueryFailed
+from stack.clickhouse_http.failures import BAD_ARGUMENTS, QueryFailed
 
 
 @dataclass(frozen=True, slots=True)

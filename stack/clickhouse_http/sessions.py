@@ -10,13 +10,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
-from stack.clickhouse_http.engine import (
-    SESSION_IS_LOCKED,
-    SESSION_NOT_FOUND,
-    Engine,
-    Handle,
-    QueryFailed,
-)
+from stack.clickhouse_http.engine import Engine, Handle
+from stack.clickhouse_http.failures import SESSION_IS_LOCKED, SESSION_NOT_FOUND, QueryFailed
 
 DEFAULT_TIMEOUT: Final = timedelta(seconds=60)
 MAX_TIMEOUT: Final = timedelta(seconds=3600)

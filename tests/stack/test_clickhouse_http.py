@@ -33,6 +33,7 @@ import zstandard
 from clickhouse_connect.driver.exceptions import DatabaseError, StreamFailureError
 from clickhouse_connect.driver.external import ExternalData
 
+from stack.clickhouse_http.failures import ERROR_NAMES
 from stack.clickhouse_http.forms import parse_form, split_types
 from stack.clickhouse_http.statements import (
     InlineInsert,
@@ -465,6 +466,17 @@ def test_error_codes(server: Server, sql: str, status: int, code: str) -> None:
     assert answer.body.startswith(f"Code: {code}. DB::Exception: ".encode())
 
 
+def test_own_error_codes_are_the_engine_s(server: Server) -> None:
+    for code, name in ERROR_NAMES.items():
+        assert server.sql(f"SELECT errorCodeToName({code})") == name
+
+
+def test_statements_beyond_the_limit_are_refused(server: Server) -> None:
+    endless = (b"SELECT 1 -- " + b"x" * 1024**2 for _ in range(70))
+    answer = server.http(body=endless)
+    assert (answer.status, answer.code) == (413, "229")
+
+
 def test_bad_requests(server: Server, table: str) -> None:
     assert server.http(body="SELECT 1", bogus="1").code == "115"
     assert server.http(body="SELECT 1", database="nowhere").code == "81"
@@ -671,8 +683,11 @@ def test_a_taken_port_is_told(guarded: Server, tmp_path: Path) -> None:
     assert len(err.splitlines()) == 1
 
 
-def test_sigterm_finishes_running_queries(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
+def test_sigterm_finishes_running_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    folder = tmp_path / "with blank, ü + %41"
+    with serving(folder) as server:
+        assert server.sql("SELECT timezone()") == "UTC"
         server.sql("CREATE TABLE t (a UInt64) ENGINE = MergeTree ORDER BY a")
         answers: list[Answer] = []
         insert = "INSERT INTO t SELECT sleepEachRow(0.5) + number FROM numbers(3)"
@@ -688,7 +703,7 @@ def test_sigterm_finishes_running_queries(tmp_path: Path) -> None:
         assert time.monotonic() - begun < 5
         slow.join()
         assert [answer.status for answer in answers] == [200]
-    with serving(tmp_path) as server:
+    with serving(folder) as server:
         assert server.sql("SELECT count() FROM t") == "3"
 
 
