@@ -57,19 +57,24 @@ EXCLUSIVE_KINDS = frozenset(FINAL_KINDS - {StepKind.UNKNOWN})
 
 _KIND_ENUM = ", ".join(f"'{kind.name.lower()}' = {kind.value}" for kind in StepKind)
 
-_RANK_ID_BIT = 1 << 62
-_RANK_TIME_LIMIT = (1 << 42) - 1
+MAX_GENERATION = (1 << 14) - 1
+"""More orders of one page than this are refused as malformed; at one every ten minutes: 113 days."""
+RANK_BITS = 44
+_RANK_SECONDS = (1 << 31) - 1
+_RANK_EPOCH_S = 1_577_836_800
+"""2020-01-01."""
 
 
 def step_rank(provider_id: str, at_ms: int, reason: str) -> int:
     """Which of two rows with one key is kept: the higher.
 
-    A known provider id outranks an absent one, then the earlier wins, then the content: a function
-    of the row alone, so that the order of arrival does not matter. Fits 63 bits.
+    A known provider id outranks an absent one, then the earlier second wins, then the content: a
+    function of the row alone, so that the order of arrival does not matter. Fits ``RANK_BITS``.
     """
-    known = _RANK_ID_BIT if provider_id else 0
-    early = max(0, _RANK_TIME_LIMIT - at_ms)
-    return known | early << 20 | zlib.crc32(f"{provider_id}\x1f{reason}".encode()) & 0xFFFFF
+    known = 1 << RANK_BITS - 1 if provider_id else 0
+    age = min(max(at_ms // 1000 - _RANK_EPOCH_S, 0), _RANK_SECONDS)
+    content = zlib.crc32(f"{provider_id}\x1f{reason}".encode()) >> 20
+    return known | _RANK_SECONDS - age << 12 | content
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from schemas.tables import (
     EXCLUSIVE_KINDS,
     FINAL_KINDS,
     INGEST_PROGRESS,
+    RANK_BITS,
     RUN_EVENTS,
     RUN_SHARDS,
     STEPS,
@@ -31,14 +32,15 @@ from schemas.tables import (
 from sinks.clickhouse import asking
 from transforms.books import Conflict, Coordinator, Counts, Lag, Verdict, check
 
-# The highest weight decides: accepted anywhere, unknown anywhere, else generation, kind, reason;
-# as in transforms.books.class_of. 22 bits of generation, 8 of kind, 32 of reason.
+# The highest weight decides: accepted anywhere, unknown anywhere, else generation, kind, rank;
+# as in transforms.books.class_of. 2 + 14 + 4 + 44 bits. The rank is also what merges go by, so
+# that a merge changes no answer.
 _WEIGHT = f"""
     bitShiftLeft(toUInt64(multiIf(kind = {StepKind.ACCEPTED.value}, 2,
                                   kind = {StepKind.UNKNOWN.value}, 1, 0)), 62)
-    + bitShiftLeft(toUInt64(generation), 40)
-    + bitShiftLeft(toUInt64(toUInt8(kind)), 32)
-    + toUInt64(CRC32(reason))"""
+    + bitShiftLeft(toUInt64(generation), 48)
+    + bitShiftLeft(toUInt64(toUInt8(kind)), {RANK_BITS})
+    + rank"""
 
 _OF_RUN = "tenant = {tenant:String} AND run = {run:String}"
 _FINAL = ", ".join(str(kind.value) for kind in sorted(FINAL_KINDS))
@@ -53,23 +55,21 @@ FROM (
     ARRAY JOIN {{legs:Array(String)}} AS leg WHERE {_OF_RUN}
 ) AS manifest
 FULL JOIN (
-    SELECT leg, shard, groupArray((class, reason, recipients)) AS classes,
+    SELECT leg, shard, groupArray((class, why, people)) AS classes,
         groupBitmapMergeState(ordinals) AS finals
     FROM (
-        SELECT leg, shard, class, reason, count() AS recipients,
-            groupBitmapState(ordinal) AS ordinals
+        SELECT leg, shard, class, why, count() AS people, groupBitmapState(ordinal) AS ordinals
         FROM (
             SELECT leg, shard, ordinal, argMax(toUInt8(kind), {_WEIGHT}) AS class,
-                argMax(reason, {_WEIGHT}) AS reason
+                argMax(reason, {_WEIGHT}) AS why
             FROM {STEPS.name} WHERE {_OF_RUN}
             GROUP BY tenant, run, leg, shard, ordinal
         )
         WHERE class IN ({_FINAL})
-        GROUP BY leg, shard, class, reason
+        GROUP BY leg, shard, class, why
     )
     GROUP BY leg, shard
-) AS counted USING (leg, shard)
-ORDER BY leg, shard"""  # noqa: S608
+) AS counted USING (leg, shard)"""  # noqa: S608
 
 _CONFLICTS = f"""
 SELECT leg, shard, ordinal, generation, arraySort(groupUniqArray(toString(kind))) AS kinds,

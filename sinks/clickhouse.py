@@ -26,6 +26,7 @@ from schemas.tables import (
     DEAD_LETTERS,
     ENGAGEMENT,
     INGEST_PROGRESS,
+    MAX_GENERATION,
     RUN_EVENTS,
     RUN_SHARDS,
     SCHEMA_VERSIONS,
@@ -193,8 +194,8 @@ def _checked_place(shard: int, page: int, generations: Sequence[int]) -> None:
     if not 0 <= page <= _MAX_UINT32 // PAGE_SIZE - 1:
         raise MalformedRecord(f"page is {page}, which no snapshot has")
     for generation in generations:
-        if not 0 <= generation < 1 << 22:
-            raise MalformedRecord(f"generation is {generation}, expected 0 to {(1 << 22) - 1}")
+        if not 0 <= generation <= MAX_GENERATION:
+            raise MalformedRecord(f"generation is {generation}, expected 0 to {MAX_GENERATION}")
 
 
 class Batch:

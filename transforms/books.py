@@ -8,7 +8,6 @@ duplicates and order change nothing. ``sinks.books`` computes the same in SQL.
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,8 @@ class Step:
     generation: int
     kind: StepKind
     reason: str
+    rank: int = 0
+    """Of ``schemas.tables.step_rank``: which of two rows with one key counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +112,7 @@ class Verdict:
 
 
 def _weight(step: Step) -> tuple[int, int, int]:
-    # The same order as in sinks.books: crc32 makes the choice between two reasons of one kind
-    # independent of arrival and cheap to compare.
-    return step.generation, step.kind.value, zlib.crc32(step.reason.encode())
+    return step.generation, step.kind.value, step.rank
 
 
 def class_of(steps: Iterable[Step]) -> tuple[str, str]:
