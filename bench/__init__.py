@@ -1,0 +1,1 @@
+"""What every part costs: benchmarks, side by side in one run."""

@@ -1,0 +1,1 @@
+"""How it flows: one page per dataflow, and the shells of its operators."""

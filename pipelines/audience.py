@@ -1,6 +1,6 @@
 """The audience pipeline: sources of profiles to an immutable snapshot. Apache Beam, batch.
 
-    sources ▶ splits ▶ read, check, select, spill ▶ each shard: last row a person, sort, page ▶ manifest
+    sources ▶ splits ▶ read, check, select, spill ▶ each shard: last row a person, page ▶ manifest
 
 No step holds the audience. Reading goes by batches of columns; what is valid is spilled, sorted by
 shard, and each shard is then finished by itself: memory is a batch and a shard for each worker.

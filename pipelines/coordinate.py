@@ -14,7 +14,7 @@ from pyflink.datastream.state import MapStateDescriptor, ValueStateDescriptor
 
 from pipelines.dead_letters import DeadLetterGate
 from schemas.codec import decode, encode, name_of, to_millis
-from schemas.errors import FanfareError, MalformedRecord, UnknownSchema, Unavailable
+from schemas.errors import FanfareError, MalformedRecord, Unavailable, UnknownSchema
 from schemas.ids import LegId, ObjectId
 from schemas.reasons import RunStatus
 from schemas.records import CampaignSpec, Command, CommandKind, Outcomes, PageResult

@@ -24,25 +24,9 @@ from pipelines.dead_letters import DeadLetterGate
 from schemas.codec import decode, encode, to_millis
 from schemas.errors import MalformedRecord
 from schemas.pages import DELIVERY_FLINK_KEYS, DELIVERY_KEYS, delivery_key
-from schemas.records import ConsentChange, DeadLetter, Outcomes, Send
+from schemas.records import Send
+from transforms.delivery import Collected
 from transforms.routing import shard_number
-
-Record = Outcomes | DeadLetter | ConsentChange
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What became of a key's work since the last look."""
-
-    records: tuple[Record, ...]
-    finished: tuple[str, ...]
-    """Names of sends of which nothing is owed any more."""
-    marks: Mapping[str, str]
-    """How far ledgers were seen, by ledger, where that changed."""
-    owed: int
-    """Sends of the key that are not finished."""
-    moving: bool
-    """Whether anything of them is under way, rather than parked."""
 
 
 class Engine(Protocol):

@@ -245,7 +245,7 @@ def _lossy(array: pa.Array) -> object:
 
 
 def _read_csv(split: Split) -> Iterator[Batch]:
-    with open(split.path, "rb") as file:
+    with Path(split.path).open("rb") as file:
         reader = _CsvReader(file, split)
         yield from reader.batches()
 

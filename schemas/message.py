@@ -79,7 +79,8 @@ class Message:
 
     `send_id` is the derived UUID in its usual text form; the same recipient of the same leg
     always has the same one. `unsubscribe_url` is an https URL (RFC 8058). `headers` are extra
-    message headers; they may not replace a header that Fanfare writes itself.
+    message headers; they may not replace a header that Fanfare writes itself. `reference` is
+    `shard.ordinal.generation`: it travels beside the send id and comes back in webhooks.
     """
 
     send_id: str
@@ -92,6 +93,7 @@ class Message:
     content: Content
     unsubscribe_url: str | None = None
     headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
+    reference: str = ""
 
 
 class Provider(Protocol):

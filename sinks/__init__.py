@@ -1,0 +1,1 @@
+"""Where it lands: providers, ledger, shaping, store, Kafka, ClickHouse."""

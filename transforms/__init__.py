@@ -1,0 +1,1 @@
+"""What we decide: pure functions and small state machines; no engine, no client, no clock."""

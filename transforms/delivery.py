@@ -7,12 +7,14 @@ the same ones. The order that they serve: shape, render, claim, request, settle,
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 
 from schemas.message import Answer, Verdict
 from schemas.reasons import Lane, Outcome, Reason
+from schemas.records import ConsentChange, DeadLetter, Outcomes
 
 
 class SettleAction(Enum):
@@ -138,3 +140,18 @@ REPLAYABLE = frozenset(
     }
 )
 """Failures that somebody can mend and replay: they become dead letters beside their outcome."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What became of a delivery key's work since the last look."""
+
+    records: tuple[Outcomes | DeadLetter | ConsentChange, ...]
+    finished: tuple[str, ...]
+    """Names of sends of which nothing is owed any more."""
+    marks: Mapping[str, str]
+    """How far ledgers were seen, by ledger, where that changed."""
+    owed: int
+    """Sends of the key that are not finished."""
+    moving: bool
+    """Whether anything is under way, rather than parked."""

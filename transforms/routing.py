@@ -83,6 +83,7 @@ class TopicRouter:
         self._prefix = prefix
 
     def __call__(self, data: bytes) -> str:
+        """The deployed topic of an encoded record."""
         return self._prefix + topic_of(data)
 
 
