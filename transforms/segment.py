@@ -81,7 +81,7 @@ def check_names(segment: Segment, known: Collection[str]) -> None:
     for name in segment.names:
         if name not in known:
             tree = ast.parse(segment.text, mode="eval")
-            column = min(node.col_offset for node in _read_names(tree) if node.id == name)
+            column = min(_column(segment.text, node) for node in _read_names(tree) if node.id == name)
             near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InvalidSegment(
@@ -95,6 +95,11 @@ def _read_names(tree: ast.AST) -> Iterator[ast.Name]:
     nodes = list(ast.walk(tree))
     called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
     return (node for node in nodes if isinstance(node, ast.Name) and id(node) not in called)
+
+
+def _column(text: str, node: ast.expr) -> int:
+    """Where a node begins, in characters; ``ast`` counts bytes."""
+    return len(text.encode()[: node.col_offset].decode())
 
 
 def _place(text: str, column: int) -> str:
@@ -335,5 +340,4 @@ class _Compiler:
         return lambda row: function(first(row), second(row))
 
     def _refused(self, node: ast.expr, what: str, expected: str) -> InvalidSegment:
-        column = len(self._text.encode()[: node.col_offset].decode(errors="ignore"))
-        return InvalidSegment(f"{_place(self._text, column)}: {what}; expected {expected}")
+        return InvalidSegment(f"{_place(self._text, _column(self._text, node))}: {what}; expected {expected}")
