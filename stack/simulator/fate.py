@@ -88,8 +88,8 @@ def draw(
     chance = settings.proportions
     digest = blake2b(b"%d:%b" % (seed, send_id.encode())).digest()
     (
-        end, block, defer, opened, clicked, spam, gone, disorder, duplicate,
-        wait1, wait2, wait3, wait4, wait5, wait6, again,
+        end, block, defer, engaged, spam, gone, disorder, duplicate,
+        wait1, wait2, wait3, wait4, wait5, wait6, wait7, again,
     ) = [value / _UNIT for value in _DRAWS.unpack(digest)]  # fmt: skip
     forced = rule.action if rule is not None and rule.action != "reject" else None
     kinds: list[EventKind] = []
@@ -110,17 +110,17 @@ def draw(
         if defer < chance.deferred:
             kinds.append(EventKind.DEFERRED)
         kinds.append(EventKind.DELIVERED)
-        # One draw nests the two: clicks are among the opens, as with a tracked link.
-        if opened < chance.open or clicked < chance.click:
+        # One draw for both: who clicks is among those who open.
+        if engaged < max(chance.open, chance.click):
             kinds.append(EventKind.OPEN)
-        if clicked < chance.click:
+        if engaged < chance.click:
             kinds.append(EventKind.CLICK)
         if forced == "spamreport" or spam < chance.spamreport:
             kinds.append(EventKind.SPAM_REPORT)
         if forced == "unsubscribe" or gone < chance.unsubscribe:
             kinds.append(EventKind.UNSUBSCRIBE)
     low, span = settings.min_delay_ms, settings.max_delay_ms - settings.min_delay_ms
-    waits = (wait1, wait2, wait3, wait4, wait5, wait6, again)
+    waits = (wait1, wait2, wait3, wait4, wait5, wait6, wait7)
     times: list[float] = []
     at = 0.0
     for index in range(len(kinds)):

@@ -197,8 +197,13 @@ class Record:
             return
         data = memoryview(b"".join(self._buffer))
         self._buffer.clear()
-        while data:
-            data = data[self._file.write(data) :]
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError:
+            # Kept, so that the next flush fails too instead of leaving a hole.
+            self._buffer.insert(0, bytes(data))
+            raise
 
     def close(self) -> None:
         """Flush, sync and close."""

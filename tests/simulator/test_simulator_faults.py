@@ -135,9 +135,7 @@ def test_latency(provider: Provider, latency: dict[str, Any], least: float, most
 
 
 def test_rates_strike_in_proportion_and_the_books_balance(provider: Provider) -> None:
-    provider.configure(
-        seed=7, **_faults(error_rates={"500": 0.2, "503": 0.1}, ambiguous_rate=0.2)
-    )
+    provider.configure(seed=7, **_faults(error_rates={"500": 0.2, "503": 0.1}, ambiguous_rate=0.2))
     connection = http.client.HTTPConnection("127.0.0.1", provider.http_port, timeout=5)
     statuses: dict[int, int] = {}
     for n in range(600):

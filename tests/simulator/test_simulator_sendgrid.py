@@ -89,7 +89,7 @@ def _person(**changes: Any) -> dict[str, Any]:
         (_without("personalizations"), "personalizations"),
         (mail("bad", personalizations=[]), "personalizations"),
         (_without("from"), "from.email"),
-        (mail("bad", **{"from": {"email": "nobody"}}), "from.email"),
+        ({**mail("bad"), "from": {"email": "nobody"}}, "from.email"),
         (_without("subject"), "subject"),
         (mail("bad", subject=""), "subject"),
         (_without("content"), "content"),

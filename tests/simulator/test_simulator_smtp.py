@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import smtplib
 import socket
 import ssl
@@ -20,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.simulator.conftest import Provider, running
+from tests.simulator.conftest import Provider, mail, running
 
 
 def _message(send_id: str, text: str = "Hello\n") -> EmailMessage:
@@ -53,7 +55,7 @@ class Dialogue:
         self.lines = self.socket.makefile("rb")
 
     def replies(self, count: int) -> list[str]:
-        found = []
+        found: list[str] = []
         while len(found) < count:
             line = self.lines.readline().decode().rstrip("\r\n")
             if line[3:4] != "-":
@@ -236,7 +238,7 @@ def test_starttls_and_authentication(tmp_path: Path) -> None:
     with running(
         tmp_path / "record",
         *("--smtp-auth-file", str(users)),
-        *("--tls-cert", str(certificate), "--tls-key", str(key)),
+        *("--tls-cert", str(certificate), "--tls-key", str(key), "--https"),
     ) as provider:
         with smtplib.SMTP("localhost", provider.smtp_port, timeout=5) as client:
             with pytest.raises(smtplib.SMTPSenderRefused) as refused:
@@ -267,6 +269,13 @@ def test_starttls_and_authentication(tmp_path: Path) -> None:
 
         asyncio.run(by_library())
         assert provider.get("/stats")["unique"] == 2
+        secure = http.client.HTTPSConnection(
+            "localhost", provider.http_port, timeout=5, context=trusted
+        )
+        headers = {"Authorization": "Bearer k", "Content-Type": "application/json"}
+        secure.request("POST", "/v3/mail/send", json.dumps(mail("https")), headers)
+        assert secure.getresponse().status == 202
+        secure.close()
 
 
 def test_many_connections_of_aiosmtplib_at_once(provider: Provider) -> None:
