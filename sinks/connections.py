@@ -61,11 +61,14 @@ class Wire(asyncio.Protocol):
     def attach(self, transport: asyncio.Transport) -> None:
         """Use this transport from now on (a new one after STARTTLS)."""
         self.transport = transport
-        transport.set_write_buffer_limits(high=0)
+        secure = transport.get_extra_info("ssl_object") is not None
+        # TLS transports pause at the limit, plain ones above it.
+        transport.set_write_buffer_limits(high=1 if secure else 0, low=0)
         self._poll = select.poll()
         raw = transport.get_extra_info("socket")
-        raw_fd = raw.fileno()
-        self._poll.register(raw_fd, select.POLLIN | select.POLLRDHUP)
+        # TLS has things of its own to say on an idle connection (session tickets).
+        events = select.POLLRDHUP if secure else select.POLLRDHUP | select.POLLIN
+        self._poll.register(raw.fileno(), events)
         try:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError:
@@ -83,7 +86,7 @@ class Wire(asyncio.Protocol):
         """Whether an idle connection can carry a request: alive, silent and not too old.
 
         Looks at the socket itself: the loop may not have been told yet that the server closed.
-        Anything to read on an idle connection makes it unusable.
+        Anything to read on an idle connection makes it unusable (with TLS: its end does).
         """
         if not self.usable or self.loop.time() - self.idle_since > idle:
             return False
