@@ -73,7 +73,12 @@ def _string(value: str) -> bytes:
 
 
 def _read_long(data: bytes, at: int) -> tuple[int, int]:
-    rest = shift = 0
+    rest = data[at]
+    at += 1
+    if rest < 0x80:
+        return (rest >> 1) ^ -(rest & 1), at
+    rest &= 0x7F
+    shift = 7
     while True:
         byte = data[at]
         at += 1
@@ -95,6 +100,7 @@ def _names_of(raw: bytes) -> tuple[str, str]:
     return first, second
 
 
+@lru_cache(maxsize=_KEPT_PARTS)
 def held(
     run: str,
     leg: str,
