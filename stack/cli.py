@@ -32,7 +32,7 @@ COMMANDS: Mapping[str, Entry] = {
 }
 
 
-def load(entry: Entry) -> TyperCommand | TyperGroup:
+def load(entry: Entry) -> Any:
     """Import a command's module and build the command."""
     module, attribute = entry.target.split(":")
     return typer.main.get_command(getattr(importlib.import_module(module), attribute))

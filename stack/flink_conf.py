@@ -30,6 +30,17 @@ logger.netty.level = OFF
 """
 """Everything to standard output, which is the process's one log file."""
 
+LOG4J_CLIENT = """\
+rootLogger.level = INFO
+rootLogger.appenderRef.file.ref = File
+appender.file.name = File
+appender.file.type = File
+appender.file.fileName = ${sys:log.file}
+appender.file.layout.type = PatternLayout
+appender.file.layout.pattern = %d{yyyy-MM-dd HH:mm:ss,SSS} %-5p %-50c{1.} - %m%n
+"""
+"""The client's log goes to a file: its output is for the job script's own words."""
+
 HEARTBEAT_INTERVAL = timedelta(seconds=1)
 HEARTBEAT_TIMEOUT = timedelta(seconds=6)
 ZOOKEEPER_SESSION_TIMEOUT = timedelta(seconds=6)
@@ -179,8 +190,8 @@ def prepare(home: Home, tools: Tools, ports: Mapping[str, int]) -> None:
     with (conf / ".config.yaml").open("w", encoding="utf-8") as handle:
         YAML().dump(settings(home, ports), handle)
     (conf / ".config.yaml").replace(conf / "config.yaml")
-    for name in ("log4j.properties", "log4j-cli.properties"):
-        replace_file(conf / name, LOG4J)
+    replace_file(conf / "log4j.properties", LOG4J)
+    replace_file(conf / "log4j-cli.properties", LOG4J_CLIENT)
     _link_jars(home.flink / "lib", tools)
 
 

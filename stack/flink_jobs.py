@@ -79,7 +79,13 @@ def submit(
     output = done.stdout + done.stderr
     found = re.search(r"Job has been submitted with JobID ([0-9a-f]{32})", output)
     if done.returncode != 0 or not found:
-        lines = [line for line in output.splitlines() if line.strip()]
+        # The job script's own traceback is what matters, not Java's around it.
+        java_frames = ("\tat ", "\t...")
+        lines = [
+            line
+            for line in output.splitlines()
+            if line.strip() and not line.startswith(java_frames)
+        ]
         shown = "\n".join(f"    {line[:400]}" for line in lines[-25:])
         raise StackFailed(
             f"{job_module_path} was not submitted (the client ended with {done.returncode}):\n"
@@ -179,14 +185,14 @@ def taskmanagers_of(home: Home, job_id: str) -> set[str]:
 
 def _call(home: Home, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
     url = endpoints(home).flink + path
-    request = urllib.request.Request(
+    request = urllib.request.Request(  # noqa: S310 (Flink's REST address)
         url,
         method=method,
         data=json.dumps(body).encode() if body is not None else None,
         headers={"Content-Type": "application/json"},
     )
     try:
-        with urllib.request.urlopen(request, timeout=15) as answer:
+        with urllib.request.urlopen(request, timeout=15) as answer:  # noqa: S310
             content = answer.read()
     except urllib.error.HTTPError as error:
         with error:

@@ -26,7 +26,7 @@ def main() -> None:
     # Python ignores SIGPIPE, and what is ignored stays so through exec.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        os.execvp(sys.argv[2], sys.argv[2:])
+        os.execvp(sys.argv[2], sys.argv[2:])  # noqa: S606 (a shell would have another pid)
     except OSError as error:
         sys.exit(f"cannot run {sys.argv[2]}: {error.strerror}")
 

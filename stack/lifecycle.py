@@ -12,6 +12,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 from schemas.errors import StackFailed
 from stack import prerequisites, services
 from stack.layout import PROJECT_ROOT, Home, ProcessInfo, StackState, State, read_state
@@ -104,9 +106,7 @@ def _state_of_running(home: Home, deadline: float) -> StackState:
     raise StackFailed(f"the supervisor did not start; its log {log} ends:\n{tail(log)}")
 
 
-def _attach(
-    state: StackState, only: tuple[str, ...], taskmanagers: int | None
-) -> tuple[str, ...]:
+def _attach(state: StackState, only: tuple[str, ...], taskmanagers: int | None) -> tuple[str, ...]:
     if taskmanagers is not None and taskmanagers != state.taskmanagers:
         raise StackFailed(
             f"the stack runs with {state.taskmanagers} TaskManagers, not {taskmanagers}; "
@@ -260,8 +260,6 @@ def status(home: Home, sample: timedelta = timedelta(milliseconds=200)) -> list[
 
 
 def _shown_state(info: ProcessInfo, supervised: bool, alive: bool) -> str:
-    import psutil
-
     if not supervised:
         return "unsupervised" if alive else State.STOPPED.value
     if alive and info.pid is not None:
@@ -275,8 +273,6 @@ def _shown_state(info: ProcessInfo, supervised: bool, alive: bool) -> str:
 
 def _usage(info: ProcessInfo) -> tuple[float, int]:
     """CPU seconds and resident bytes of a process and its children; zeros once it is gone."""
-    import psutil
-
     cpu_s, rss = 0.0, 0
     try:
         process = psutil.Process(info.pid)

@@ -157,9 +157,9 @@ def declare(
     if any(name.startswith("flink-") for name in chosen):
         flink_conf.prepare(home, tools, ports)
     return tuple(
-        makers[name](home, tools, ports) if name in makers else flink_taskmanager(
-            home, tools, ports, name
-        )
+        makers[name](home, tools, ports)
+        if name in makers
+        else flink_taskmanager(home, tools, ports, name)
         for name in chosen
     )
 
@@ -210,7 +210,9 @@ autopurge.purgeInterval=1
             "-XX:+UseSerialGC",
             "-XX:+ExitOnOutOfMemoryError",
             # One line for every connection and probe would bury the others.
-            _log4j(folder, f"logger.cnxn.name = {shaded}.NIOServerCnxn\nlogger.cnxn.level = WARN\n"),
+            _log4j(
+                folder, f"logger.cnxn.name = {shaded}.NIOServerCnxn\nlogger.cnxn.level = WARN\n"
+            ),
             "-Dzookeeper.jmx.log4j.disable=true",
             "-cp",
             ":".join(map(str, jars)),
@@ -418,9 +420,7 @@ def resource_id(service: str, incarnation: str) -> str:
     return f"{service}.{incarnation}"
 
 
-def flink_taskmanager(
-    home: Home, tools: Tools, ports: Mapping[str, int], name: str
-) -> ServiceSpec:
+def flink_taskmanager(home: Home, tools: Tools, ports: Mapping[str, int], name: str) -> ServiceSpec:
     """One TaskManager with one slot: all Python operators of a JVM share one GIL.
 
     Its ports are the system's choice, another at each start: on a fixed one, a heartbeat meant

@@ -119,16 +119,14 @@ class Supervisor:
         self._taskmanagers = taskmanagers
         self._myself = identify(os.getpid())
         self._infos = {
-            spec.name: ProcessInfo(
-                spec.name, State.WAITING, home.log(spec.name), dict(spec.ports)
-            )
+            spec.name: ProcessInfo(spec.name, State.WAITING, home.log(spec.name), dict(spec.ports))
             for spec in specs
         }
         self._ready = {spec.name: asyncio.Event() for spec in specs}
         self._running: dict[str, asyncio.subprocess.Process] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stops: dict[str, asyncio.Task[None]] = {}
-        self._stopping = False
+        self._stopping = asyncio.Event()
 
     async def run(self) -> None:
         """Start everything and keep it running until SIGTERM or SIGINT."""
@@ -141,7 +139,7 @@ class Supervisor:
         logs = asyncio.create_task(self._bound_logs())
         await told_to_stop.wait()
         LOGGER.info("stopping")
-        self._stopping = True
+        self._stopping.set()
         self._write()
         logs.cancel()
         await asyncio.gather(*(self._stop_after_dependents(name) for name in self._specs))
@@ -154,7 +152,7 @@ class Supervisor:
         for dependency in spec.depends_on:
             await self._ready[dependency].wait()
         fast_deaths = 0
-        while not self._stopping:
+        while not self._stopping.is_set():
             began = time.monotonic()
             try:
                 await self._set_up(spec)
@@ -162,7 +160,7 @@ class Supervisor:
             except Exception as error:
                 LOGGER.exception("%s: could not be started", name)
                 why, blame = f"could not be started: {error}", DIED_FAST
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             fast_deaths = fast_deaths + blame if blame else 0
             info = self._infos[name]
@@ -261,9 +259,7 @@ class Supervisor:
 
     def _stop_after_dependents(self, name: str) -> asyncio.Task[None]:
         if name not in self._stops:
-            dependents = [
-                other for other, spec in self._specs.items() if name in spec.depends_on
-            ]
+            dependents = [other for other, spec in self._specs.items() if name in spec.depends_on]
             self._stops[name] = asyncio.create_task(
                 self._stop(name, [self._stop_after_dependents(other) for other in dependents])
             )
@@ -299,7 +295,7 @@ class Supervisor:
         write_state(
             self._home,
             StackState(
-                self._infos, self._ports, self._taskmanagers, self._myself, self._stopping
+                self._infos, self._ports, self._taskmanagers, self._myself, self._stopping.is_set()
             ),
         )
 

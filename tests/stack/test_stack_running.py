@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import redis
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer  # type: ignore[import-untyped]
-from kafka.admin import NewTopic  # type: ignore[import-untyped]
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka.admin import NewTopic
 
 from schemas.errors import StackFailed
 from stack import flink_jobs, lifecycle
@@ -30,6 +30,7 @@ from stack.layout import (
     secret,
 )
 from stack.process import identify, wait_gone
+from stack.supervisor import leftovers
 from tests.stack_fixture import eventually, running_stack, wait_restarted
 
 ONLY = ("kafka", "redis", "flink")
@@ -67,8 +68,9 @@ def pids(home: Home) -> dict[str, int | None]:
 
 def test_up_twice_attaches(home: Home) -> None:
     before = pids(home)
-    again = fanfare("up", "--json", home=home)
+    again = fanfare("up", "--json", "--only", ",".join(ONLY), home=home)
     assert again.returncode == 0, again.stderr
+    assert {s["name"] for s in json.loads(again.stdout)["services"]} == set(SERVICES)
     assert pids(home) == before
     assert set(before) == set(SERVICES)
 
@@ -102,7 +104,10 @@ def test_secrets_are_shown_by_env_alone(home: Home) -> None:
     shown = fanfare("env", home=home).stdout
     assert f"export FANFARE_KAFKA={endpoints(home).kafka}" in shown
     assert all(hidden in shown for hidden in secrets)
-    elsewhere = [fanfare("status", home=home).stdout, fanfare("up", "--only=redis", home=home).stdout]
+    elsewhere = [
+        fanfare("status", home=home).stdout,
+        fanfare("up", "--only=redis", home=home).stdout,
+    ]
     elsewhere += [log.read_text(errors="replace") for log in home.logs.iterdir()]
     assert not any(hidden in text for hidden in secrets for text in elsewhere)
     assert home.secrets.stat().st_mode & 0o077 == 0
@@ -203,7 +208,8 @@ def test_a_killed_child_is_started_again_on_its_ports(home: Home, service: str) 
 
 def test_a_killed_supervisor_leaves_nothing_and_the_next_up_goes_on(home: Home) -> None:
     state = read_state(home)
-    assert state is not None and state.supervisor is not None
+    assert state is not None
+    assert state.supervisor is not None
     children = [i.identity for i in state.services.values() if i.identity is not None]
     assert len(children) == len(SERVICES)
     state.supervisor.send(signal.SIGKILL)
@@ -222,6 +228,6 @@ def test_down_leaves_no_process(home: Home) -> None:
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 60
     assert not any(child.alive() for child in children)
-    assert lifecycle.leftovers(home) == []
+    assert leftovers(home) == []
     assert "Nothing was running" in fanfare("down", home=home).stdout
     assert fanfare("status", home=home).returncode == 1
