@@ -58,7 +58,7 @@ EXCLUSIVE_KINDS = frozenset(FINAL_KINDS - {StepKind.UNKNOWN})
 _KIND_ENUM = ", ".join(f"'{kind.name.lower()}' = {kind.value}" for kind in StepKind)
 
 MAX_GENERATION = (1 << 14) - 1
-"""More orders of one page than this are refused as malformed; at one every ten minutes: 113 days."""
+"""More orders of one page are refused as malformed; at one every ten minutes it is 113 days."""
 RANK_BITS = 44
 _RANK_SECONDS = (1 << 31) - 1
 _RANK_EPOCH_S = 1_577_836_800
