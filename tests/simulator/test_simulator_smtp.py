@@ -256,6 +256,14 @@ def test_starttls_and_authentication(tmp_path: Path) -> None:
             client.user, client.password = "sender", "s3cret:with colon"
             assert client.auth("LOGIN", client.auth_login)[0] == 235
 
+        with socket.create_connection(("localhost", provider.smtp_port), 5) as plain:
+            plain.recv(1000)
+            plain.sendall(b"STARTTLS\r\nVRFY injected\r\n")
+            assert plain.recv(1000).startswith(b"220 ")
+            with trusted.wrap_socket(plain, server_hostname="localhost") as encrypted:
+                encrypted.sendall(b"NOOP\r\n")
+                assert encrypted.recv(1000).startswith(b"250 ")
+
         async def by_library() -> None:
             await aiosmtplib.send(
                 _message("library"),
