@@ -263,6 +263,7 @@ class _CsvReader:
     def batches(self) -> Iterator[Batch]:
         self._fill()
         self._rest = self._rest.removeprefix(_BOM)
+        self._fill()
         header = True
         while self._rest:
             cut = self._cut()
@@ -271,7 +272,7 @@ class _CsvReader:
                 batch = self._parse_by_record(cut)
             else:
                 self._rest = self._rest[cut:]
-            if header:
+            if header and len(batch.rows):
                 batch = Batch(
                     {name: array[1:] for name, array in batch.columns.items()},
                     batch.rows[1:],
@@ -397,10 +398,8 @@ class _CsvReader:
 
     def _fault(self, record: list[str], lines: _Lines) -> RejectReason | None:
         wrong = len(record) != len(self._split.columns)
-        if len(lines.taken) > 1 and (wrong or lines.ended):
-            if wrong or _is_open("".join(lines.taken)):
-                return RejectReason.BROKEN_QUOTES
-        elif lines.taken and _is_open(lines.taken[0]):
+        swallowed = wrong and len(lines.taken) > 1
+        if swallowed or (lines.ended and _is_open("".join(lines.taken))):
             return RejectReason.BROKEN_QUOTES
         return RejectReason.COLUMN_COUNT if wrong else None
 

@@ -80,7 +80,13 @@ def test_reasons(row: dict[str, Any], reason: RejectReason | None) -> None:
 
 @pytest.mark.parametrize(
     "email",
-    ["a@b.de", "o'neil+x@sub.example.com", "用户@例子.广告", "a.b-c_d=e!#$@x-y.museum", "x" * 64 + "@b.de"],
+    [
+        "a@b.de",
+        "o'neil+x@sub.example.com",
+        "用户@例子.广告",
+        "a.b-c_d=e!#$@x-y.museum",
+        "x" * 64 + "@b.de",
+    ],
 )
 def test_addresses_that_are_sound(email: str) -> None:
     assert checked([{"recipient_id": "a", "email": f" {email} "}])[0].addresses["email"][
