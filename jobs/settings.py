@@ -7,6 +7,7 @@ submits a job. Operators get values. Durations are ISO 8601 (``PT0.5S``) or seco
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,12 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from schemas.errors import InvalidInput
+from schemas.reasons import Lane
+from schemas.records import Route
+from sinks.accounts import AccountSettings, sendgrid_account, smtp_account
+from sinks.shaping import Limits
+from sinks.smtp_client import SmtpTls
+from transforms.shaping import Limit
 
 PREFIX = "FANFARE_"
 
@@ -32,6 +39,10 @@ class JobSettings(BaseSettings):
     parallelism: int = Field(default=1, ge=1, le=256)
     checkpoint_interval: timedelta = timedelta(seconds=2)
     buffer_timeout: timedelta = timedelta(milliseconds=5)
+    dead_letter_ratio: float = Field(default=0.05, ge=0, le=1)
+    """A job stops when more than this share of its recent records are dead letters."""
+    dead_letter_window: int = Field(default=1_000, ge=1)
+    """Records that must have been seen before the ratio counts."""
 
     def topic(self, name: str) -> str:
         """The deployed name of a topic of ``schemas.topics``."""
@@ -43,22 +54,89 @@ class CampaignsSettings(JobSettings):
 
     redis: SecretStr
     """``redis://[:password@]host:port/db``."""
-    window: int = Field(default=20_000, ge=500)
-    """Recipients of a leg that may be ordered and not resolved at once."""
+    window: int = Field(default=100_000, ge=500)
+    """Recipients of a leg that may be ordered and not resolved at once, where no rate is set."""
     transaction_timeout: timedelta = timedelta(minutes=15)
+    """Of Kafka transactions: longer than the longest outage that is to be lived through."""
+    silence_margin: timedelta = timedelta(minutes=2)
+    """An order unheard for a transaction's timeout and this is given again."""
 
 
 class DeliverySettings(JobSettings):
     """The delivery job of one lane."""
 
     redis: SecretStr
+    lane: Lane = Lane.PROMOTIONAL
+    request_timeout: timedelta = timedelta(seconds=30)
+    """From connecting to a provider until its answer; what passes it is in doubt."""
     sendgrid_url: str = "https://api.sendgrid.com"
     sendgrid_key: SecretStr = SecretStr("")
+    """Empty: no SendGrid route."""
+    sendgrid_per_second: float | None = None
+    sendgrid_per_minute: float | None = None
+    sendgrid_in_flight: int = Field(default=256, ge=1)
     smtp: str = ""
     """``host:port`` of the SMTP relay; empty: no SMTP route."""
+    smtp_hostname: str = "localhost"
+    """Our name in EHLO."""
+    smtp_security: SmtpTls = SmtpTls.STARTTLS
+    smtp_user: str = ""
+    smtp_password: SecretStr = SecretStr("")
+    smtp_per_second: float | None = None
+    smtp_per_minute: float | None = None
+    smtp_in_flight: int = Field(default=64, ge=1)
+    critical_reserve: float = Field(default=0.1, ge=0, lt=1)
+    """The share of each account's burst that the critical lane alone may take."""
+    allow_private: bool = False
+    """Whether providers may be at addresses that are not public: for a simulator or a relay."""
     receiver: str = ""
-    """Public URL of the receiver, for unsubscribe links."""
+    """Public URL of the receiver, for unsubscribe links; empty: none."""
     unsubscribe_secret: SecretStr = SecretStr("")
+
+    def accounts(self) -> tuple[AccountSettings, ...]:
+        """The accounts that routes may name: ``sendgrid`` / ``main`` and ``smtp`` / ``main``."""
+        found = []
+        if self.sendgrid_key.get_secret_value():
+            found.append(
+                AccountSettings(
+                    Route("sendgrid", "main"),
+                    self._limits(self.sendgrid_per_second, self.sendgrid_per_minute),
+                    self.sendgrid_in_flight,
+                    partial(
+                        sendgrid_account,
+                        self.sendgrid_url,
+                        self.sendgrid_key.get_secret_value(),
+                        self.sendgrid_in_flight,
+                        self.allow_private,
+                    ),
+                )
+            )
+        if self.smtp:
+            found.append(
+                AccountSettings(
+                    Route("smtp", "main"),
+                    self._limits(self.smtp_per_second, self.smtp_per_minute),
+                    self.smtp_in_flight,
+                    partial(
+                        smtp_account,
+                        self.smtp,
+                        self.smtp_hostname,
+                        self.smtp_security,
+                        (self.smtp_user, self.smtp_password.get_secret_value()),
+                        self.smtp_in_flight,
+                        self.allow_private,
+                    ),
+                )
+            )
+        return tuple(found)
+
+    def _limits(self, per_second: float | None, per_minute: float | None) -> Limits:
+        limits = []
+        if per_second is not None:
+            limits.append(Limit(per_second))
+        if per_minute is not None:
+            limits.append(Limit(per_minute, timedelta(minutes=1)))
+        return Limits(tuple(limits), (), self.critical_reserve)
 
 
 class IngestSettings(JobSettings):
@@ -70,10 +148,6 @@ class IngestSettings(JobSettings):
     """Kafka consumer group; the lag of the books is measured by its committed offsets."""
     flush_after: timedelta = timedelta(milliseconds=500)
     batch_rows: int = Field(default=20_000, ge=1)
-    dead_letter_ratio: float = Field(default=0.05, ge=0, le=1)
-    """The job stops when more than this share of its recent records are dead letters."""
-    dead_letter_window: int = Field(default=1_000, ge=1)
-    """Records that must have been seen before the ratio counts."""
 
 
 Settings = TypeVar("Settings", bound=JobSettings)

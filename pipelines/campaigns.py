@@ -81,9 +81,7 @@ def build(
         .uid("coordinate")
     )
     orders = coordinated.process(_Only(is_order), output_type=output).name("orders").uid("orders")
-    audit = (
-        coordinated.process(_Only(is_for_others), output_type=output).name("audit").uid("audit")
-    )
+    audit = coordinated.process(_Only(is_for_others), output_type=output).name("audit").uid("audit")
     decided = (
         orders.union(streams.outcomes, streams.consent)
         .key_by(flink_key_of, key_type=Types.INT())

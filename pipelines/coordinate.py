@@ -14,7 +14,7 @@ from pyflink.datastream.state import MapStateDescriptor, ValueStateDescriptor
 
 from pipelines.dead_letters import DeadLetterGate
 from schemas.codec import decode, encode, name_of, to_millis
-from schemas.errors import FanfareError, MalformedRecord, Unavailable, UnknownSchema
+from schemas.errors import Corrupt, FanfareError, MalformedRecord, Unavailable, UnknownSchema
 from schemas.ids import LegId, ObjectId
 from schemas.reasons import RunStatus
 from schemas.records import CampaignSpec, Command, CommandKind, Outcomes, PageResult
@@ -73,12 +73,18 @@ class Registry(Protocol):
         """
 
     def create_ledger(
-        self, tenant: str, run: str, legs: Iterable[str], shard_counts: tuple[int, ...]
+        self,
+        tenant: str,
+        run: str,
+        legs: Iterable[str],
+        shard_counts: tuple[int, ...],
+        dataset: str,
     ) -> None:
-        """Create the run's ledgers, full length; what exists is left alone.
+        """Create the run's ledgers, full length; what exists as ``dataset`` is left alone.
 
         Raises:
             Unavailable: not all exist; try again.
+            Corrupt: one exists as another.
         """
 
 
@@ -123,9 +129,7 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._gate = DeadLetterGate("coordinate", parts.dead_letter_ratio, parts.dead_letter_window)
         self._armed: dict[str, int] = {}
 
-    def process_element(
-        self, value: bytes, ctx: KeyedProcessFunction.Context
-    ) -> Iterator[bytes]:
+    def process_element(self, value: bytes, ctx: KeyedProcessFunction.Context) -> Iterator[bytes]:
         """Step the run that the record is about."""
         now = datetime.now(UTC)
         key: str = ctx.get_current_key()
@@ -141,9 +145,7 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._save(memory)
         self._arm(key, coordinator, ctx, now)
 
-    def on_timer(
-        self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext
-    ) -> Iterator[bytes]:
+    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[bytes]:
         """A tick of the run's clock."""
         now = datetime.now(UTC)
         key: str = ctx.get_current_key()
@@ -224,10 +226,14 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
             return False
         try:
             self._registry.create_ledger(
-                run.tenant, run.run, [leg.leg for leg in run.legs], run.shard_counts
+                run.tenant,
+                run.run,
+                [leg.leg for leg in run.legs],
+                run.shard_counts,
+                run.spec[:16],
             )
-        except Unavailable as error:
-            log.warning("run %s: its ledger waits to be created: %s", run.run, error)
+        except (Unavailable, Corrupt) as error:
+            log.error("run %s: its ledger waits to be created: %s", run.run, error)
             return False
         return True
 
@@ -285,4 +291,3 @@ def page_key(name: str) -> PageKey:
     """What ``page_name`` named."""
     leg, shard, page = name.rsplit("/", 2)
     return LegId(leg), int(shard), int(page)
-

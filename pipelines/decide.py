@@ -62,6 +62,13 @@ class OptOuts(Protocol):
             Unavailable: it is not remembered.
         """
 
+    def opt_in(self, tenant: str, recipient_id: str, channel: str, topic: str) -> None:
+        """Forget a withdrawal of exactly this scope.
+
+        Raises:
+            Unavailable: it may still be remembered.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class DecideParts:
@@ -93,9 +100,7 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._specs: dict[str, CampaignSpec] = {}
         self._gate = DeadLetterGate("decide", parts.dead_letter_ratio, parts.dead_letter_window)
 
-    def process_element(
-        self, value: bytes, ctx: KeyedProcessFunction.Context
-    ) -> Iterator[bytes]:
+    def process_element(self, value: bytes, ctx: KeyedProcessFunction.Context) -> Iterator[bytes]:
         """Decide an order, or fold what came back."""
         now = datetime.now(UTC)
         data = bytes(value)
@@ -152,10 +157,9 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
         after = apply_consent(before, change)
         if after is not before:
             self._people.put(key, encode(after))
-        if change.status is not ConsentStatus.GRANTED:
-            self._opt_outs.opt_out(
-                change.tenant, change.recipient_id, change.channel, change.topic
-            )
+        granted = change.status is ConsentStatus.GRANTED
+        remember = self._opt_outs.opt_in if granted else self._opt_outs.opt_out
+        remember(change.tenant, change.recipient_id, change.channel, change.topic)
 
     def _states(self, tenant: str) -> Callable[[str], bytes | None]:
         get = self._people.get

@@ -89,9 +89,7 @@ class DeliveryOperator(KeyedProcessFunction):  # type: ignore[misc]
         if engine is not None:
             engine.stop()
 
-    def process_element(
-        self, value: bytes, ctx: KeyedProcessFunction.Context
-    ) -> Iterator[bytes]:
+    def process_element(self, value: bytes, ctx: KeyedProcessFunction.Context) -> Iterator[bytes]:
         """Record a send and hand it over."""
         key = _delivery_key(ctx.get_current_key())
         data = bytes(value)
@@ -109,9 +107,7 @@ class DeliveryOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._engine.submit(key, name, send)
         self._arm(key, ctx, _BEAT_MS)
 
-    def on_timer(
-        self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext
-    ) -> Iterator[bytes]:
+    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[bytes]:
         """Collect what is done."""
         key = _delivery_key(ctx.get_current_key())
         if self._armed.get(key, timestamp) != timestamp:

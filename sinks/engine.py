@@ -40,6 +40,7 @@ from schemas.records import (
     DeadLetter,
     OutcomeGroup,
     Outcomes,
+    Route,
     Send,
 )
 from schemas.snapshot import PageBody, PageIndex
@@ -74,6 +75,7 @@ from transforms.ledger import (
 )
 from transforms.ledger import Verdict as LedgerVerdict
 from transforms.personalise import LegContext, leg_context, message_to
+from transforms.shaping import Circuit, Grant
 
 log = logging.getLogger(__name__)
 
@@ -100,27 +102,17 @@ class FullLedger(Ledger, Epochs, Protocol):
     """What the loop needs of the ledger."""
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Tokens: how many now; if none, when to ask again, and why not."""
-
-    granted: int
-    wait: timedelta
-    status: RunStatus | None
-    circuit_open: bool = False
-
-
 class Shaper(Protocol):
     """The shared token buckets and circuit breakers."""
 
-    async def take(self, account: str, tenant: str, run: str, lane: Lane, wanted: int) -> Grant:
+    async def take(self, route: Route, tenant: str, run: str, lane: Lane, wanted: int) -> Grant:
         """Take up to ``wanted`` tokens. Raises ``Unavailable``."""
 
-    async def give_back(self, account: str, tenant: str, run: str, unused: int) -> None:
-        """Give back tokens with which nothing was sent. Raises ``Unavailable``."""
+    async def put_back(self, unused: int, grant: Grant) -> None:
+        """Put back tokens with which nothing was sent. Raises ``Unavailable``."""
 
     async def report(
-        self, account: str, accepted: int, failed: int, throttled: timedelta | None
+        self, route: Route, accepted: int, failed: int, throttled: timedelta | None
     ) -> None:
         """What the provider said since the last report. Raises ``Unavailable``."""
 
@@ -149,6 +141,7 @@ class Store(Protocol):
 class Account:
     """A provider's account: the adapter and its permits."""
 
+    route: Route
     name: str
     provider: Provider
     permits: Permits
@@ -183,13 +176,24 @@ class Completion:
     attempts: int
     detail: str
     at: datetime
+    recipient: str = ""
+    """Only where the address is to be suppressed."""
 
 
 class Work:
     """A send that is not finished."""
 
     __slots__ = (
-        "context", "desk", "key", "left", "line", "name", "ready", "send", "tries", "waiting"
+        "context",
+        "desk",
+        "key",
+        "left",
+        "line",
+        "name",
+        "ready",
+        "send",
+        "tries",
+        "waiting",
     )
 
     def __init__(self, key: int, name: str, send: Send, line: Line, desk: LedgerDesk) -> None:
@@ -282,7 +286,7 @@ class DeliveryEngine:
         policy: EnginePolicy,
         ledger: Callable[[], FullLedger],
         shaper: Callable[[], Shaper],
-        accounts: Callable[[], Sequence[tuple[str, Provider, int]]],
+        accounts: Callable[[], Sequence[tuple[Route, Provider, int]]],
         store: Callable[[], Store],
     ) -> None:
         self._policy = policy
@@ -385,8 +389,8 @@ class DeliveryEngine:
         self._shaper = self._make_shaper()
         self._store = self._make_store()
         self._accounts = {
-            name: Account(name, provider, Permits(permits))
-            for name, provider, permits in self._make_accounts()
+            route: Account(route, account_name(route), provider, Permits(permits))
+            for route, provider, permits in self._make_accounts()
         }
         for account in self._accounts.values():
             await account.provider.open()
@@ -534,8 +538,7 @@ class DeliveryEngine:
         context = line.context
         if context is None or route >= len(context.routes):
             return None
-        chosen = context.routes[route]
-        return self._accounts.get(account_name(chosen.provider, chosen.account))
+        return self._accounts.get(context.routes[route])
 
     async def _offer(self, line: Line, batch: Batch, account: Account) -> None:
         """Get permits and tokens for a batch, and send what both allow."""
@@ -544,7 +547,7 @@ class DeliveryEngine:
         self._put_back(batch, permits)
         try:
             grant = await self._shaper.take(
-                account.name, line.tenant, line.run, self._policy.lane, permits
+                account.route, line.tenant, line.run, self._policy.lane, permits
             )
         except Unavailable as error:
             account.permits.give(permits)
@@ -560,7 +563,7 @@ class DeliveryEngine:
             if grant.granted:
                 account.permits.give(permits - grant.granted)
                 self._put_back(batch, grant.granted)
-                self._ask(batch, account, grant.granted)
+                self._ask(batch, account, grant)
                 return
             account.permits.give(permits)
             await self._wait_for_tokens(line, batch, grant)
@@ -570,7 +573,7 @@ class DeliveryEngine:
         ended = grant.status in (RunStatus.CANCELLED, RunStatus.EXPIRED)
         if ended or now >= work.send.valid_until:
             # No token is needed: the ledger refuses, and records why.
-            self._ask(batch, None, 0)
+            self._ask(batch, None, None)
             return
         self._put_back(batch, 0)
         line.parked = True
@@ -579,7 +582,7 @@ class DeliveryEngine:
     async def _wait_for_tokens(self, line: Line, batch: Batch, grant: Grant) -> None:
         work = batch.work
         routes = len(line.context.routes) if line.context is not None else 0
-        if grant.circuit_open and batch.route + 1 < routes:
+        if grant.circuit is Circuit.OPEN and batch.route + 1 < routes:
             for index in batch.indexes:
                 tries = work.tries.get(index, Tries())
                 work.tries[index] = Tries(batch.route + 1, 0, tries.total)
@@ -587,11 +590,12 @@ class DeliveryEngine:
             return
         now = datetime.now(UTC)
         if now >= min(work.send.valid_until, work.send.deadline):
-            self._ask(batch, None, 0)
+            self._ask(batch, None, None)
             return
         self._put_back(batch, 0)
-        line.parked = grant.wait > timedelta(seconds=1)
-        await asyncio.sleep(min(1.0, max(0.001, grant.wait.total_seconds())))
+        wait_s = max(0.001, grant.wait_ms / 1000) if grant.wait_ms else 0.2
+        line.parked = wait_s > 1
+        await asyncio.sleep(min(1.0, wait_s))
 
     @staticmethod
     def _put_back(batch: Batch, keep: int) -> None:
@@ -604,7 +608,7 @@ class DeliveryEngine:
         self,
         batch: Batch,
         account: Account | None,
-        tokens: int,
+        grant: Grant | None,
         doomed: Mapping[int, tuple[Reason, str]] | None = None,
     ) -> None:
         """Render, then claim.
@@ -632,7 +636,7 @@ class DeliveryEngine:
         ]
 
         def answered(verdicts: Sequence[LedgerVerdict]) -> None:
-            self._judged(batch, account, tokens, messages, failed, verdicts)
+            self._judged(batch, account, grant, messages, failed, verdicts)
 
         context = work.line.context
         scopes = scopes_of(send.channel.value, context.topic if context is not None else "*")
@@ -670,9 +674,7 @@ class DeliveryEngine:
             if body is not None and context is not None:
                 reference = f"{send.shard}.{base + index}.{send.generation}"
                 try:
-                    message = message_to(
-                        context, recipient, body, index, reference, time.monotonic
-                    )
+                    message = message_to(context, recipient, body, index, reference, time.monotonic)
                 except RenderingFailed as error:
                     failed[index] = (Reason.RENDERING_FAILED, str(error))
             messages.append(message)
@@ -682,7 +684,7 @@ class DeliveryEngine:
         self,
         batch: Batch,
         account: Account | None,
-        tokens: int,
+        grant: Grant | None,
         messages: Sequence[Message | None],
         failed: Mapping[int, tuple[Reason, str]],
         verdicts: Sequence[LedgerVerdict],
@@ -706,20 +708,18 @@ class DeliveryEngine:
                     self._release(work, index)
                 continue
             self._refused(work, index, verdict)
-        if account is not None and tokens > used:
-            account.permits.give(tokens - used)
-            self._give_back(account, work, tokens - used)
+        if account is not None and grant is not None and grant.granted > used:
+            account.permits.give(grant.granted - used)
+            self._put_tokens_back(account, grant, grant.granted - used)
 
-    def _give_back(self, account: Account, work: Work, unused: int) -> None:
-        async def give_back() -> None:
+    def _put_tokens_back(self, account: Account, grant: Grant, unused: int) -> None:
+        async def put_back() -> None:
             try:
-                await self._shaper.give_back(
-                    account.name, work.send.tenant, work.send.run, unused
-                )
+                await self._shaper.put_back(unused, grant)
             except Unavailable as error:
                 log.info("%d unused tokens of %s are lost: %s", unused, account.name, error)
 
-        task = self._loop.create_task(give_back())
+        task = self._loop.create_task(put_back())
         self._requests.add(task)
         task.add_done_callback(self._request_ended)
 
@@ -839,9 +839,7 @@ class DeliveryEngine:
         elif isinstance(matter, Held):
             self._complete(work, index, Outcome.UNKNOWN, matter.reason, provider)
         elif isinstance(matter, Closed):
-            self._complete(
-                work, index, matter.outcome, matter.reason, generation=matter.generation
-            )
+            self._complete(work, index, matter.outcome, matter.reason, generation=matter.generation)
         elif isinstance(matter, Claim) or result.kind is SettledKind.NOTHING:
             self._wait(work, index, timedelta(milliseconds=200))
 
@@ -870,6 +868,7 @@ class DeliveryEngine:
             return
         tries = work.tries.pop(index, Tries())
         work.left -= 1
+        dead = self._recipient(work, index) if reason is Reason.ADDRESS_REFUSED else ""
         self.counts[outcome.value] += 1
         self._outbox[work.key].append(
             Completion(
@@ -883,8 +882,18 @@ class DeliveryEngine:
                 tries.total + 1 if provider else tries.total,
                 detail,
                 datetime.now(UTC),
+                dead,
             )
         )
+
+    def _recipient(self, work: Work, index: int) -> str:
+        send = work.send
+        try:
+            snapshot = self._store.open_snapshot(send.snapshot)
+            return snapshot.read_index(send.shard, send.page).recipient_ids[index]
+        except (Corrupt, MissingSnapshot) as error:
+            log.error("an address of run %s can't be suppressed: %s", send.run, error)
+            return ""
 
     async def _report(self) -> None:
         """Tell the shared buckets what providers said."""
@@ -896,14 +905,14 @@ class DeliveryEngine:
                     continue
                 account.accepted, account.failed, account.throttled = 0, 0, None
                 try:
-                    await self._shaper.report(account.name, accepted, failed, throttled)
+                    await self._shaper.report(account.route, accepted, failed, throttled)
                 except Unavailable as error:
                     log.info("a report on %s is lost: %s", account.name, error)
 
 
-def account_name(provider: str, account: str) -> str:
-    """The name of an account in settings, buckets, claims and outcomes."""
-    return f"{provider}:{account}"
+def account_name(route: Route) -> str:
+    """The name of an account in claims and outcomes."""
+    return f"{route.provider}:{route.account}"
 
 
 def ledger_name(ref: LedgerRef) -> str:
@@ -940,6 +949,7 @@ def _records(done: Sequence[Completion]) -> list[Outcomes | DeadLetter | Consent
                 tuple(_group(members) for members in groups.values()),
             )
         )
+        records += [_suppression(send, one) for one in completions if one.recipient]
         records += [
             _dead_letter(send, members)
             for members in groups.values()
@@ -960,6 +970,23 @@ def _group(members: Sequence[Completion]) -> OutcomeGroup:
         ids if any(ids) else (),
         first.attempts,
         next((one.detail for one in members if one.detail), ""),
+    )
+
+
+def _suppression(send: Send, refused: Completion) -> ConsentChange:
+    """The provider says that the address is dead: nothing more is sent to it on this channel."""
+    return ConsentChange(
+        change_id=derive(
+            "dead-address",
+            (send.tenant, send.run, send.leg, refused.recipient, refused.generation),
+        ),
+        tenant=send.tenant,
+        recipient_id=RecipientId(refused.recipient),
+        channel=send.channel.value,
+        topic="*",
+        status=ConsentStatus.SUPPRESSED,
+        at=refused.at,
+        source=refused.provider,
     )
 
 

@@ -533,9 +533,7 @@ class Coordinator:
     def _step_past(self, position: int, key: PageKey, size: int) -> LegState:
         run = self._run
         leg = run.legs[position]
-        leg = replace(
-            leg, next_page=key[2], next_shard=key[1] + 1, unordered=leg.unordered - size
-        )
+        leg = replace(leg, next_page=key[2], next_shard=key[1] + 1, unordered=leg.unordered - size)
         legs = (*run.legs[:position], leg, *run.legs[position + 1 :])
         self.memory.run = replace(run, legs=legs)
         return leg

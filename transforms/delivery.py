@@ -115,9 +115,7 @@ def _again(
     # A route whose account is refused will not take the next attempt either.
     spent = on_route >= policy.attempts or answer.verdict is Verdict.ACCOUNT
     if spent and tries.route + 1 < routes:
-        return Next(
-            SettleAction.RELEASE, wait=timedelta(0), tries=Tries(tries.route + 1, 0, total)
-        )
+        return Next(SettleAction.RELEASE, wait=timedelta(0), tries=Tries(tries.route + 1, 0, total))
     if on_route >= policy.attempts:
         account = answer.verdict is Verdict.ACCOUNT
         reason = Reason.ACCOUNT_REFUSED if account else Reason.RETRIES_EXHAUSTED

@@ -1,0 +1,32 @@
+"""What all jobs ask of Flink. The cluster's own configuration decides the rest."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from pyflink.common import Configuration
+from pyflink.datastream import CheckpointingMode, StreamExecutionEnvironment
+
+from jobs.settings import JobSettings
+from schemas.pages import SHARDS
+
+_MILLISECOND = timedelta(milliseconds=1)
+
+
+def environment(
+    settings: JobSettings, *, max_parallelism: int = SHARDS, exactly_once: bool = True
+) -> StreamExecutionEnvironment:
+    """An execution environment: thread mode, checkpoints, buffers, parallelism."""
+    configuration = Configuration()
+    configuration.set_string("python.execution-mode", "thread")
+    configuration.set_string("python.metric.enabled", "false")
+    environment = StreamExecutionEnvironment.get_execution_environment(configuration)
+    environment.set_parallelism(settings.parallelism)
+    environment.set_max_parallelism(max_parallelism)
+    environment.set_buffer_timeout(int(settings.buffer_timeout / _MILLISECOND))
+    mode = CheckpointingMode.EXACTLY_ONCE if exactly_once else CheckpointingMode.AT_LEAST_ONCE
+    environment.enable_checkpointing(int(settings.checkpoint_interval / _MILLISECOND), mode)
+    checkpoints = environment.get_checkpoint_config()
+    checkpoints.set_min_pause_between_checkpoints(100)
+    checkpoints.set_tolerable_checkpoint_failure_number(1000)
+    return environment
