@@ -2,7 +2,7 @@
 
 After a break there is one question: can the server have accepted something? A request of which
 the last byte is still here cannot have been; one that has left entirely may have been. Sockets
-answer it: the transports' write buffer limit is zero, so `paused` is true exactly while bytes
+answer it: the transports' write buffer limit is zero, so `unsent` is true exactly while bytes
 are waiting in this process.
 """
 
@@ -47,7 +47,7 @@ class Wire(asyncio.Protocol):
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.usable = True
-        self.paused = False
+        self.unsent = False
         self.on_gone: Callable[[Wire], None] | None = None
         self.idle_since = self.loop.time()
         self._limit = 0.0
@@ -76,11 +76,17 @@ class Wire(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Some bytes of what was written have not left this process."""
-        self.paused = True
+        self.unsent = True
 
     def resume_writing(self) -> None:
         """All bytes have left this process."""
-        self.paused = False
+        self.unsent = False
+
+    def write(self, data: bytes) -> None:
+        """Write; what fails at once has not left whole either."""
+        self.transport.write(data)
+        if self.transport.is_closing():
+            self.unsent = True
 
     def fresh(self, idle: float) -> bool:
         """Whether an idle connection can carry a request: alive, silent and not too old.

@@ -199,8 +199,8 @@ class _HttpWire(Wire):
     def start(self, data: bytes, until: float) -> asyncio.Future[HttpAnswer]:
         self._answer = answer = self.loop.create_future()
         self._until = until
-        self.transport.write(data)
-        phase_s = self._write_s if self.paused else self._first_byte_s
+        self.write(data)
+        phase_s = self._write_s if self.unsent else self._first_byte_s
         self.busy_until(min(until, self.loop.time() + phase_s))
         return answer
 
@@ -246,7 +246,7 @@ class _HttpWire(Wire):
                 self._cut_off("malformed-answer")
                 return
         if self._done:
-            self.usable = self.usable and not self.paused
+            self.usable = self.usable and not self.unsent
             self._settle(self._known(complete=True))
         elif self._received > self._max_answer:
             self._cut_off("answer-too-large")
@@ -274,7 +274,7 @@ class _HttpWire(Wire):
         self.usable = False
         if self._status:
             self._settle(self._known(complete=False))
-        elif self.paused:
+        elif self.unsent:
             self._settle(NotSent(reason, "the request did not leave whole"))
         else:
             self._settle(InDoubt(reason, "the request left and no answer came"))

@@ -325,7 +325,7 @@ class _SmtpWire(Wire):
         else:
             self._command = future
             if line:
-                self.transport.write(line)
+                self.write(line)
         return future
 
     def forget_plaintext(self) -> None:
@@ -368,10 +368,10 @@ class _SmtpWire(Wire):
         self._answer = answer = self.loop.create_future()
         if offered.pipelining:
             self._to_write = []
-            self.transport.write(b"".join(commands))
+            self.write(b"".join(commands))
         else:
             self._to_write = commands[1:]
-            self.transport.write(commands[0])
+            self.write(commands[0])
         self.busy_until(min(until, self.loop.time() + self._command_s))
         return answer
 
@@ -424,21 +424,21 @@ class _SmtpWire(Wire):
         if not self.usable or (self._refused is not None and self._to_write):
             self._settle(self._refused or SmtpOutcome(step, reply))
         elif self._to_write:
-            self.transport.write(self._to_write.pop(0))
+            self.write(self._to_write.pop(0))
             self.busy_until(min(self._until, self.loop.time() + self._command_s))
         elif self._at == len(self._steps):
             if self._refused is not None:
                 self._settle(self._refused)
             else:
                 self._ending = True
-                self.transport.write(self._data + b".\r\n")
+                self.write(self._data + b".\r\n")
                 self.busy_until(min(self._until, self.loop.time() + self._end_s))
 
     def _on_end(self, reply: SmtpReply) -> None:
         self._in_transaction = False
         if reply.code == 421:
             self.usable = False
-        if self.paused:
+        if self.unsent:
             self.usable = False
             if 200 <= reply.code < 300:
                 self._fail("malformed-answer")
@@ -464,7 +464,7 @@ class _SmtpWire(Wire):
             self.transport.abort()
         elif self._refused is not None:
             self._settle(self._refused)
-        elif self._ending and not self.paused:
+        elif self._ending and not self.unsent:
             self._settle(InDoubt(reason, "the message left and no answer came"))
         else:
             self._settle(NotSent(reason, "the message did not leave whole"))
@@ -479,7 +479,7 @@ class _SmtpWire(Wire):
         if not self.usable:
             self.transport.abort()
         elif self._messages_left <= 0:
-            self.transport.write(b"QUIT\r\n")
+            self.write(b"QUIT\r\n")
             self.bye()
         self._pool.give(self)
         if answer.done():
