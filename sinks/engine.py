@@ -16,7 +16,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from heapq import heappop, heappush
 from typing import Protocol
 
 import uvloop
@@ -30,25 +29,22 @@ from schemas.errors import (
     RenderingFailed,
     Unavailable,
 )
-from schemas.ids import RecipientId, derive
+from schemas.ids import RecipientId
 from schemas.message import Answer, Message, Provider, Verdict
-from schemas.pages import PAGE_SIZE, bitmap_bytes, bitmap_from, bitmap_of, indexes_of
+from schemas.pages import PAGE_SIZE, bitmap_from
 from schemas.reasons import Lane, Outcome, Reason, RunStatus
 from schemas.records import (
     CampaignSpec,
-    ConsentChange,
-    DeadLetter,
-    OutcomeGroup,
-    Outcomes,
     Route,
     Send,
 )
 from schemas.snapshot import PageBody, PageIndex
+from sinks.delivery_records import records_of
+from sinks.delivery_work import Batch, Completion, Line, Work
 from sinks.ledger_desk import Ledger, LedgerDesk, Question
 from sinks.permits import Permits
 from transforms.decide import leg_of
 from transforms.delivery import (
-    REPLAYABLE,
     Collected,
     Next,
     RetryPolicy,
@@ -74,7 +70,7 @@ from transforms.ledger import (
     scopes_of,
 )
 from transforms.ledger import Verdict as LedgerVerdict
-from transforms.personalise import LegContext, leg_context, message_to
+from transforms.personalise import leg_context, message_to
 from transforms.shaping import Circuit, Grant
 
 log = logging.getLogger(__name__)
@@ -162,112 +158,6 @@ class EnginePolicy:
     unsubscribe_secret: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One recipient's outcome, in the ledger and not yet emitted."""
-
-    work: Work
-    index: int
-    outcome: Outcome
-    reason: Reason
-    generation: int
-    provider: str
-    provider_id: str
-    attempts: int
-    detail: str
-    at: datetime
-    recipient: str = ""
-    """Only where the address is to be suppressed."""
-
-
-class Work:
-    """A send that is not finished."""
-
-    __slots__ = (
-        "context",
-        "desk",
-        "key",
-        "left",
-        "line",
-        "name",
-        "ready",
-        "send",
-        "tries",
-        "waiting",
-    )
-
-    def __init__(self, key: int, name: str, send: Send, line: Line, desk: LedgerDesk) -> None:
-        self.key = key
-        self.name = name
-        self.send = send
-        self.line = line
-        self.desk = desk
-        self.ready: deque[int] = deque(indexes_of(bitmap_from(send.ordinals)))
-        self.left = len(self.ready)
-        self.waiting: list[tuple[float, int]] = []
-        self.tries: dict[int, Tries] = {}
-
-    def wait(self, index: int, at: float) -> None:
-        """Keep a message until a moment of the loop's clock."""
-        heappush(self.waiting, (at, index))
-
-    def due(self, now: float) -> None:
-        """Make ready what has waited long enough."""
-        while self.waiting and self.waiting[0][0] <= now:
-            self.ready.append(heappop(self.waiting)[1])
-
-
-@dataclass(slots=True)
-class Batch:
-    """Messages of one work that go one route together."""
-
-    work: Work
-    route: int
-    indexes: list[int]
-
-
-class Line:
-    """A run's leg: the works that take turns."""
-
-    def __init__(self, tenant: str, run: str, leg: str) -> None:
-        self.tenant = tenant
-        self.run = run
-        self.leg = leg
-        self.works: deque[Work] = deque()
-        self.news = asyncio.Event()
-        self.parked = False
-        self.task: asyncio.Task[None] | None = None
-        self.context: LegContext | None = None
-        self.broken: Reason | None = None
-
-    def next_batch(self, now: float, size: int) -> Batch | None:
-        """A batch of the first work with something ready; works take turns."""
-        for _ in range(len(self.works)):
-            work = self.works[0]
-            if work.left == 0:
-                self.works.popleft()
-                continue
-            self.works.rotate(-1)
-            work.due(now)
-            if work.ready:
-                first = work.ready.popleft()
-                route = _route(work, first)
-                indexes = [first]
-                while work.ready and len(indexes) < size and _route(work, work.ready[0]) == route:
-                    indexes.append(work.ready.popleft())
-                return Batch(work, route, indexes)
-        return None
-
-    def soonest(self) -> float | None:
-        """When the next waiting message is due."""
-        return min((work.waiting[0][0] for work in self.works if work.waiting), default=None)
-
-
-def _route(work: Work, index: int) -> int:
-    tries = work.tries.get(index)
-    return tries.route if tries is not None else 0
-
-
 @dataclass(slots=True)
 class _Key:
     """What the loop knows of a delivery key."""
@@ -353,7 +243,7 @@ class DeliveryEngine:
                 desk.marked = desk.seen
                 marks[ledger_name(ref)] = f"{desk.seen.dataset}:{desk.seen.seq}"
         moving = bool(done) or not all(line.parked for line in tuple(self._lines.values()))
-        return Collected(tuple(_records(done)), tuple(finished), marks, len(owed), moving)
+        return Collected(tuple(records_of(done)), tuple(finished), marks, len(owed), moving)
 
     def stop(self) -> None:
         """Start nothing new, let what is in flight finish, end the loop."""
@@ -503,7 +393,7 @@ class DeliveryEngine:
             account = self._account(line, batch.route)
             if account is None:
                 broken = line.broken or Reason.NO_ROUTE
-                self._ask(batch, None, 0, dict.fromkeys(batch.indexes, (broken, _NO_ROUTE)))
+                self._ask(batch, None, None, dict.fromkeys(batch.indexes, (broken, _NO_ROUTE)))
                 continue
             await self._offer(line, batch, account)
 
@@ -923,103 +813,3 @@ def ledger_name(ref: LedgerRef) -> str:
 def _mark_from(mark: str) -> Seen:
     dataset, _, seq = mark.rpartition(":")
     return Seen(dataset, int(seq))
-
-
-def _records(done: Sequence[Completion]) -> list[Outcomes | DeadLetter | ConsentChange]:
-    """Outcomes by page, dead letters by page and reason, and addresses to suppress."""
-    pages: dict[int, list[Completion]] = {}
-    for one in done:
-        pages.setdefault(id(one.work), []).append(one)
-    records: list[Outcomes | DeadLetter | ConsentChange] = []
-    for completions in pages.values():
-        send = completions[0].work.send
-        groups: dict[tuple[object, ...], list[Completion]] = {}
-        for one in completions:
-            group = (one.outcome, one.reason, one.provider, one.generation, one.attempts)
-            groups.setdefault(group, []).append(one)
-        records.append(
-            Outcomes(
-                send.tenant,
-                send.run,
-                send.leg,
-                send.snapshot,
-                send.shard,
-                send.page,
-                max(one.at for one in completions),
-                tuple(_group(members) for members in groups.values()),
-            )
-        )
-        records += [_suppression(send, one) for one in completions if one.recipient]
-        records += [
-            _dead_letter(send, members)
-            for members in groups.values()
-            if members[0].outcome is Outcome.FAILED and members[0].reason in REPLAYABLE
-        ]
-    return records
-
-
-def _group(members: Sequence[Completion]) -> OutcomeGroup:
-    first = members[0]
-    ids = tuple(one.provider_id for one in members)
-    return OutcomeGroup(
-        first.outcome,
-        first.reason,
-        first.provider,
-        first.generation,
-        tuple(one.index for one in members),
-        ids if any(ids) else (),
-        first.attempts,
-        next((one.detail for one in members if one.detail), ""),
-    )
-
-
-def _suppression(send: Send, refused: Completion) -> ConsentChange:
-    """The provider says that the address is dead: nothing more is sent to it on this channel."""
-    return ConsentChange(
-        change_id=derive(
-            "dead-address",
-            (send.tenant, send.run, send.leg, refused.recipient, refused.generation),
-        ),
-        tenant=send.tenant,
-        recipient_id=RecipientId(refused.recipient),
-        channel=send.channel.value,
-        topic="*",
-        status=ConsentStatus.SUPPRESSED,
-        at=refused.at,
-        source=refused.provider,
-    )
-
-
-def _dead_letter(send: Send, members: Sequence[Completion]) -> DeadLetter:
-    first = members[0]
-    ordinals = bitmap_bytes(bitmap_of(one.index for one in members))
-    return DeadLetter(
-        letter_id=derive(
-            "dead-letter",
-            (
-                send.tenant,
-                send.run,
-                send.leg,
-                send.shard,
-                send.page,
-                first.generation,
-                first.reason.value,
-                ordinals.hex(),
-            ),
-        ),
-        tenant=send.tenant,
-        run=send.run,
-        step=f"delivery/{'render' if first.reason is Reason.RENDERING_FAILED else 'request'}",
-        reason=first.reason,
-        detail=first.detail,
-        source=f"page {send.page} of shard {send.shard}",
-        original=b"",
-        first_at=send.decided_at,
-        last_at=max(one.at for one in members),
-        leg=send.leg,
-        shard=send.shard,
-        page=send.page,
-        ordinals=ordinals,
-        generation=first.generation,
-        attributes={"provider": first.provider, "snapshot": send.snapshot, "spec": send.spec},
-    )
