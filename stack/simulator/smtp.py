@@ -2,7 +2,8 @@
 
 PIPELINING, SIZE, 8BITMIME, SMTPUTF8, ENHANCEDSTATUSCODES; STARTTLS with a certificate; AUTH
 PLAIN and LOGIN with credentials. Our id is in ``X-Fanfare-Send-Id``, else it is the left part of
-the Message-ID; run and leg are in ``X-Fanfare-Run`` and ``X-Fanfare-Leg``.
+the Message-ID; run, tenant, leg and reference are in ``X-Fanfare-Run``, ``-Tenant``, ``-Leg`` and
+``-Ref``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ def header(head: bytes, name: bytes) -> str:
         end = head.find(b"\r\n", end + 2)
     value = head[at:] if end < 0 else head[at:end]
     return value.replace(b"\r\n", b"").strip().decode("utf-8", "replace")
+
+
+_ARGUMENT_HEADERS = (
+    ("ff_tenant", b"x-fanfare-tenant"),
+    ("ff_leg", b"x-fanfare-leg"),
+    ("ff_ref", b"x-fanfare-ref"),
+)
 
 
 class SmtpConnection(Connection):
@@ -375,8 +383,9 @@ class SmtpConnection(Connection):
         self._messages += 1
         message_id = simulator.next_message_id()
         arguments = {"ff_send_id": send_id, "ff_run": run}
-        if leg := header(head, b"x-fanfare-leg"):
-            arguments["ff_leg"] = leg
+        for argument, name in _ARGUMENT_HEADERS:
+            if value := header(head, name):
+                arguments[argument] = value
         label = fault.kind.value if fault is not None and fault.kind in UNANSWERED else None
         known = simulator.accept(
             send_id=send_id,
