@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from stack import lifecycle
-from stack.layout import Home, StackState, State, endpoints, environment
+from stack.layout import Home, StackState, State, endpoints, environment, processes
 from stack.layout import home as home_at
 
 up_app = typer.Typer(add_completion=False)
@@ -36,6 +36,9 @@ COLOURS = {
     "suspended": "magenta",
     "unsupervised": "red",
 }
+
+SERVED_BY = {"flink": "flink-jobmanager", "sendgrid": "simulator", "smtp": "simulator"}
+"""The service behind an endpoint, where their names differ."""
 
 
 def _coloured(state: str) -> str:
@@ -111,7 +114,7 @@ class _Lines:
 def _print_endpoints(console: Console, where: Home) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, url in endpoints(where).shown().items():
-        if not url.endswith(":0") and ":0/" not in url:
+        if SERVED_BY.get(name, name) in processes(where):
             table.add_row(name, url)
     console.print(table)
     console.print("The variables for jobs and tools: fanfare env", highlight=False)

@@ -263,6 +263,9 @@ num.network.threads=2
 num.io.threads=4
 log.cleaner.dedupe.buffer.size=16777216
 controlled.shutdown.max.retries=1
+# A killed broker may register again only after its predecessor's session has ended (9 s).
+broker.session.timeout.ms=3000
+broker.heartbeat.interval.ms=1000
 """,
     )
     java = (
