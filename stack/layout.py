@@ -412,4 +412,5 @@ def environment(home: Home, ports: Mapping[str, int] | None = None) -> dict[str,
         "FANFARE_SIMULATOR": found.simulator,
         "FANFARE_RECEIVER": found.receiver,
         "FANFARE_WEBHOOK_PUBLIC_KEY": found.webhook_public_key,
+        "FANFARE_UNSUBSCRIBE_SECRET": secret(home, "unsubscribe-secret"),
     }
