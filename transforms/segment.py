@@ -81,7 +81,9 @@ def check_names(segment: Segment, known: Collection[str]) -> None:
     for name in segment.names:
         if name not in known:
             tree = ast.parse(segment.text, mode="eval")
-            column = min(_column(segment.text, node) for node in _read_names(tree) if node.id == name)
+            column = min(
+                _column(segment.text, node) for node in _read_names(tree) if node.id == name
+            )
             near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InvalidSegment(
@@ -340,4 +342,6 @@ class _Compiler:
         return lambda row: function(first(row), second(row))
 
     def _refused(self, node: ast.expr, what: str, expected: str) -> InvalidSegment:
-        return InvalidSegment(f"{_place(self._text, _column(self._text, node))}: {what}; expected {expected}")
+        return InvalidSegment(
+            f"{_place(self._text, _column(self._text, node))}: {what}; expected {expected}"
+        )
