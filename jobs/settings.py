@@ -89,8 +89,8 @@ class DeliverySettings(JobSettings):
     """The share of each account's burst that the critical lane alone may take."""
     allow_private: bool = False
     """Whether providers may be at addresses that are not public: for a simulator or a relay."""
-    receiver: str = ""
-    """Public URL of the receiver, for unsubscribe links; empty: none."""
+    public_url: str = ""
+    """``https://…`` of the receiver as the world sees it, for unsubscribe links; empty: none."""
     unsubscribe_secret: SecretStr = SecretStr("")
 
     def accounts(self) -> tuple[AccountSettings, ...]:
@@ -148,6 +148,9 @@ class IngestSettings(JobSettings):
     """Kafka consumer group; the lag of the books is measured by its committed offsets."""
     flush_after: timedelta = timedelta(milliseconds=500)
     batch_rows: int = Field(default=20_000, ge=1)
+    failures: int = Field(default=10, ge=1)
+    """The job ends when it fails more often than this within ``failure_interval``."""
+    failure_interval: timedelta = timedelta(minutes=5)
 
 
 Settings = TypeVar("Settings", bound=JobSettings)

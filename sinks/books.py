@@ -30,6 +30,7 @@ from schemas.tables import (
     StepKind,
 )
 from sinks.clickhouse import asking
+from sinks.warehouse import JOB
 from transforms.books import Conflict, Coordinator, Counts, Lag, Verdict, check
 
 # The highest weight decides: accepted anywhere, unknown anywhere, else generation, kind, rank;
@@ -257,7 +258,7 @@ def lag(client: Client, now: datetime, behind: int | None) -> Lag:
     rows = asking(
         client,
         f"SELECT max(newest), sum(buffered), count() FROM {INGEST_PROGRESS.name} FINAL "  # noqa: S608
-        "WHERE job = 'webhook-ingest'",
+        f"WHERE job = '{JOB}'",
         {},
     ).result_rows
     newest, buffered, found = rows[0]

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 import orjson
 
 from schemas.errors import InvalidWebhook
-from schemas.ids import LegId, RecipientId, RunId, Tenant, derive
+from schemas.ids import LegId, RecipientId, RunId, Tenant, derive, send_id
 from schemas.pages import SHARDS
 from schemas.records import (
     ConsentChange,
@@ -67,26 +67,35 @@ _MAX_ID = 200
 class ConsentEffect:
     """What an event means for consent; ``recipient_id`` is empty where only the reference is known.
 
-    ``ref`` is (shard, ordinal, generation).
+    ``ref`` is (shard, ordinal, generation); ``original`` the event's own bytes, for a dead letter.
     """
 
     event_id: str
     tenant: Tenant
     run: RunId
-    channel: str
+    leg: LegId
+    send_id: str
     status: ConsentStatus
     at: datetime
     source: str
     recipient_id: str
     ref: tuple[int, int, int] | None
+    original: bytes
 
-    def change(self, recipient: RecipientId) -> ConsentChange:
-        """The consent change, once it is known who the recipient is. The same for a replay."""
+    def is_about(self, recipient: str) -> bool:
+        """Whether the event's message is the one that the run owed this recipient."""
+        return send_id(self.tenant, self.run, self.leg, recipient) == self.send_id
+
+    def change(self, recipient: str) -> ConsentChange:
+        """The consent change, once it is known who the recipient is. The same for a replay.
+
+        A leg is named by its channel; a provider's word is about the address, so about all topics.
+        """
         return ConsentChange(
             change_id=derive("consent", (self.tenant, SENDGRID, self.event_id)),
             tenant=self.tenant,
-            recipient_id=recipient,
-            channel=self.channel,
+            recipient_id=RecipientId(recipient),
+            channel=self.leg,
             topic="*",
             status=self.status,
             at=self.at,
@@ -238,10 +247,12 @@ def _effect(item: Mapping[str, Any], event: EngagementEvent) -> ConsentEffect | 
         event_id=event.event_id,
         tenant=event.tenant,
         run=event.run,
-        channel=event.leg,
+        leg=event.leg,
+        send_id=event.send_id,
         status=status,
         at=event.at,
         source=f"{SENDGRID}:{event.kind.value}",
         recipient_id=_loose(item, "ff_recipient"),
         ref=parse_ref(event.ref),
+        original=orjson.dumps(item),
     )

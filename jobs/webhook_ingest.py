@@ -1,0 +1,66 @@
+"""Entry point of the webhook-ingest job: ``flink run -py jobs/webhook_ingest.py``."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from pyflink.common import Configuration
+
+from jobs.environment import environment
+from jobs.settings import IngestSettings, load
+from pipelines.webhook_ingest import IngestParts, build
+from schemas import topics
+from sinks import kafka
+from sinks.store import FileStore
+from sinks.warehouse import Warehouse
+from transforms.routing import TopicRouter
+
+_SOURCES = {
+    "webhooks": topics.WEBHOOKS_RAW,
+    "page-results": topics.PAGE_RESULTS,
+    "outcomes": topics.OUTCOMES,
+    "runs": topics.RUNS,
+    "dead-letters": topics.DEAD_LETTERS,
+}
+
+
+def main() -> None:
+    """Wire the job with its settings and hand it to Flink."""
+    settings = load(IngestSettings)
+    flink = environment(settings, exactly_once=False)
+    configuration = Configuration()
+    configuration.set_string("python.metric.enabled", "true")
+    # A killed TaskManager is no failure of the job; the same failure over and over ends it.
+    configuration.set_string("restart-strategy.type", "failure-rate")
+    configuration.set_string("restart-strategy.failure-rate.delay", "1 s")
+    configuration.set_string(
+        "restart-strategy.failure-rate.failure-rate-interval",
+        f"{round(settings.failure_interval.total_seconds())} s",
+    )
+    configuration.set_string(
+        "restart-strategy.failure-rate.max-failures-per-interval", str(settings.failures)
+    )
+    flink.configure(configuration)
+    first, *others = (
+        kafka.source(flink, settings.kafka, [settings.topic(topic)], settings.ingest_group, uid)
+        for uid, topic in _SOURCES.items()
+    )
+    build(
+        first.union(*others),
+        kafka.sink(settings.kafka, TopicRouter(settings.topic_prefix), transactions=None),
+        IngestParts(
+            tables=partial(Warehouse, settings.clickhouse.get_secret_value()),
+            store=partial(FileStore, settings.store),
+            flush_after=settings.flush_after,
+            batch_rows=settings.batch_rows,
+            dead_letter_ratio=settings.dead_letter_ratio,
+            dead_letter_window=settings.dead_letter_window,
+        ),
+        settings.parallelism,
+        kafka.byte_type(),
+    )
+    flink.execute("fanfare-webhook-ingest")
+
+
+if __name__ == "__main__":
+    main()
