@@ -34,7 +34,7 @@ def main() -> None:
         EnginePolicy(
             lane=lane,
             request_timeout=settings.request_timeout,
-            receiver=settings.receiver,
+            receiver=settings.public_url,
             unsubscribe_secret=settings.unsubscribe_secret.get_secret_value().encode(),
         ),
         partial(connect_ledger, redis),

@@ -222,7 +222,9 @@ def build_skeleton(
         ascii_only = ascii_only and reply_to.isascii()
         lines.append(f"Reply-To: {reply_to}")
     lines.append("MIME-Version: 1.0")
-    lines.append(f"X-Fanfare-Run: {encode_text(run, len('X-Fanfare-Run: '))}")
+    for name, value in (("Tenant", tenant), ("Run", run), ("Leg", leg)):
+        header = f"X-Fanfare-{name}"
+        lines.append(f"{header}: {encode_text(value, len(header) + 2)}")
     for name, value in checked_headers(headers).items():
         lines.append(f"{name}: {encode_text(value, len(name) + 2)}")
     return Skeleton(
@@ -251,6 +253,9 @@ def assemble(
     content = message.content
     if not _SEND_ID.fullmatch(message.send_id):
         raise Unsendable("invalid-send-id", "the send id is no UUID")
+    if not _REFERENCE.fullmatch(message.reference):
+        raise Unsendable("invalid-reference", "the reference is not shard.ordinal.generation")
+    reference = f"X-Fanfare-Ref: {message.reference}\r\n" if message.reference else ""
     unsubscribe = ""
     if message.unsubscribe_url is not None:
         url = checked_unsubscribe_url(message.unsubscribe_url)
@@ -261,7 +266,7 @@ def assemble(
         f"{skeleton.head}To: {encode_mailbox(message.to_name, to_address, 4)}\r\n"
         f"Subject: {encode_text(content.subject, 9)}\r\n"
         f"Message-ID: <{message.send_id}@{skeleton.message_id_domain}>\r\n"
-        f"Date: {date}\r\nX-Fanfare-Send-Id: {message.send_id}\r\n{unsubscribe}"
+        f"Date: {date}\r\nX-Fanfare-Send-Id: {message.send_id}\r\n{reference}{unsubscribe}"
     ).encode()
     boundary = skeleton.boundary
     if content.html is None or content.text is None:
@@ -280,6 +285,7 @@ def assemble(
 
 
 _SEND_ID = re.compile(r"[0-9A-Za-z\-]{1,64}")
+_REFERENCE = re.compile(r"(?:\d{1,3}\.\d{1,10}\.\d{1,10})?")
 _LONGEST_LINE = 998
 
 

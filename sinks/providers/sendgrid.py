@@ -125,7 +125,8 @@ class SendGrid:
         if message.to_name:
             to["name"] = clean_header_text(message.to_name)
         parts = [b'{"personalizations":[{"to":[', dumps(to), b'],"custom_args":{"ff_send_id":',
-                 dumps(message.send_id), head, dumps(content.subject), b',"content":[']  # fmt: skip
+                 dumps(message.send_id), _reference(message), head,
+                 dumps(content.subject), b',"content":[']  # fmt: skip
         if content.text is not None:
             parts += (b'{"type":"text/plain","value":', dumps(content.text), b"}")
             if content.html is not None:
@@ -211,7 +212,7 @@ class SendGrid:
 def _build(message: Message) -> tuple[bytes, bytes]:
     sender = message.sender
     arguments = _inner({"ff_tenant": message.tenant, "ff_run": message.run, "ff_leg": message.leg})
-    if len(arguments) + 64 > _CUSTOM_ARGS_BYTES:
+    if len(arguments) + 128 > _CUSTOM_ARGS_BYTES:
         raise Unsendable("custom-args-too-large", "tenant, run and leg exceed 10,000 bytes")
     source = {"email": envelope_address(sender.address), "name": clean_header_text(sender.name)}
     head = b"," + arguments + b'}}],"from":' + orjson.dumps(source)
@@ -223,6 +224,10 @@ def _build(message: Message) -> tuple[bytes, bytes]:
         if name.lower() in _RESERVED:
             raise Unsendable("invalid-header", f"SendGrid reserves the header {name[:40]}")
     return head + b',"subject":', b'],"headers":{' + _inner(headers)
+
+
+def _reference(message: Message) -> bytes:
+    return b',"ff_ref":' + orjson.dumps(message.reference) if message.reference else b""
 
 
 def _inner(values: Mapping[str, str]) -> bytes:
