@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from kafka import KafkaProducer
-from kafka.errors import KafkaError, RecordTooLargeError
+from kafka.errors import KafkaError, MessageSizeTooLargeError
 
 from schemas.errors import InvalidInput, Unavailable
 
@@ -82,7 +82,7 @@ class Appender:
         self._thread.submit(send)
         try:
             await done
-        except RecordTooLargeError as error:
+        except MessageSizeTooLargeError as error:
             raise InvalidInput(f"Kafka refuses a value of {len(value)} bytes: {error}") from error
         except KafkaError as error:
             if not getattr(error, "retriable", False):
