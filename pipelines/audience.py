@@ -17,7 +17,7 @@ import json
 import os
 import zoneinfo
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,6 +50,7 @@ REJECTS_HEADER = ("source", "row", "reason", "raw")
 Listener = Callable[[str, int], None]
 """Told of progress from worker threads: the phase ('read' or 'page') and how many rows more."""
 _listeners: dict[str, Listener] = {}
+_failures: dict[str, FanfareError] = {}
 
 
 class SnapshotStore(Protocol):
@@ -138,6 +139,9 @@ def build_audience(
             _listeners[job.folder] = listener
         try:
             _run(job, splits)
+        except Exception as error:
+            # Beam tells of a step's error as text in one of its own.
+            raise _failures.pop(job.folder, error) from error
         finally:
             _listeners.pop(job.folder, None)
         manifest = Manifest.from_bytes((folder / MANIFEST_NAME).read_bytes())
@@ -179,6 +183,23 @@ def _tell(job: _Job, phase: str, rows: int) -> None:
         listener(phase, rows)
 
 
+@contextmanager
+def _remembered(job: _Job) -> Iterator[None]:
+    """Keeps the first error of a step, that a person may be told it as it is."""
+    try:
+        yield
+    except FanfareError as error:
+        _failures.setdefault(job.folder, error)
+        raise
+    except OSError as error:
+        failure = FanfareError(
+            f"can't write to {job.folder}: {error.strerror or error}; free space, or give a store "
+            "on another disk"
+        )
+        _failures.setdefault(job.folder, failure)
+        raise failure from error
+
+
 class _Spill(beam.DoFn):  # type: ignore[misc]
     """A split to spill files and a file of rejects. Run again, it writes the same files."""
 
@@ -190,6 +211,10 @@ class _Spill(beam.DoFn):  # type: ignore[misc]
         self._zones = zoneinfo.available_timezones()
 
     def process(self, split: Split) -> Iterator[_Spilled]:
+        with _remembered(self._job):
+            yield self._spill_all(split)
+
+    def _spill_all(self, split: Split) -> _Spilled:
         folder = Path(self._job.folder)
         seen = rejected = 0
         files: list[str] = []
@@ -207,7 +232,7 @@ class _Spill(beam.DoFn):  # type: ignore[misc]
                 seen += rows
                 rejected += len(refused)
                 _tell(self._job, "read", rows)
-        yield _Spilled(seen, rejected, tuple(files))
+        return _Spilled(seen, rejected, tuple(files))
 
     def _spill(self, batch: Batch, path: Path, segment: Segment) -> list[Rejected]:
         """Spill a batch; the rejected rows of it, by row number."""
@@ -230,6 +255,10 @@ class _Page(beam.DoFn):  # type: ignore[misc]
         self._job = job
 
     def process(self, shard: int, spilled: list[_Spilled]) -> Iterator[_Finished]:
+        with _remembered(self._job):
+            yield self._page(shard, spilled)
+
+    def _page(self, shard: int, spilled: list[_Spilled]) -> _Finished:
         files = sorted(file for one in spilled for file in one.files)
         selected, passed = read_shard(files, shard)
         if selected is None:
@@ -243,7 +272,7 @@ class _Page(beam.DoFn):  # type: ignore[misc]
                 file.flush()
                 os.fsync(file.fileno())
         _tell(self._job, "page", sum(done.zones.values()) + done.duplicates + done.not_selected)
-        yield _Finished(shard, tuple(done.pages), done.zones, done.duplicates, done.not_selected)
+        return _Finished(shard, tuple(done.pages), done.zones, done.duplicates, done.not_selected)
 
 
 def _write_manifest(finished: list[_Finished], spilled: list[_Spilled], job: _Job) -> None:

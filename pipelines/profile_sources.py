@@ -120,7 +120,13 @@ def attribute_names(splits: Collection[Split]) -> list[str]:
 
 def read(split: Split) -> Iterator[Batch]:
     """The batches of a split, in order. Raises ``InvalidProfile`` where it can't go on."""
-    return _read_csv(split) if split.row_group is None else _read_parquet(split)
+    row = split.first_row
+    try:
+        for batch in _read_csv(split) if split.row_group is None else _read_parquet(split):
+            yield batch
+            row += len(batch.rows) + len(batch.rejected)
+    except (OSError, pa.ArrowException) as error:
+        raise InvalidProfile(f"{split.path}: can't be read from row {row} on: {error}") from error
 
 
 def _check_header(path: Path, names: Sequence[str]) -> None:
@@ -352,7 +358,7 @@ class _CsvReader:
     def _parse_by_record(self, length: int) -> Batch:
         """At least ``length`` bytes (a chunk's worth if 0) by Python's parser."""
         wanted = length or min(len(self._rest), CHUNK_BYTES)
-        lines = _Lines(self._rest, self._more)
+        lines = _Lines(self._split.path, self._rest, self._more)
         names = self._split.columns
         records: list[list[str]] = []
         rows: list[int] = []
@@ -431,7 +437,8 @@ def _is_open(record: str) -> bool:
 class _Lines:
     """Lines of a file for a parser, which can be given back but for the first of a record."""
 
-    def __init__(self, buffered: bytes, more: Callable[[], bytes]) -> None:
+    def __init__(self, path: str, buffered: bytes, more: Callable[[], bytes]) -> None:
+        self._path = path
         self._stream = io.BytesIO(buffered)
         self._more = more
         self._returned: deque[bytes] = deque()
@@ -465,7 +472,8 @@ class _Lines:
                 break
             if len(line) > MAX_LINE_BYTES:
                 raise InvalidProfile(
-                    f"a line is longer than {MAX_LINE_BYTES} bytes: is this a CSV file?"
+                    f"{self._path}: a line is longer than {MAX_LINE_BYTES} bytes: is this a CSV "
+                    "file?"
                 )
             self._stream = io.BytesIO(line + more)
             line = self._stream.readline()

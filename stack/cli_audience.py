@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -55,7 +57,8 @@ def _told() -> Iterator[None]:
     try:
         yield
     except FanfareError as error:
-        _errors.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False, markup=True)
+        told = escape(str(error))
+        _errors.print(f"[red]error:[/red] {told}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error
 
 
@@ -79,6 +82,8 @@ def build(
     # Beam takes a second to import; the other commands need not wait for it.
     from pipelines.audience import AudienceRequest, build_audience
 
+    # It logs the traceback of a step's error, which is told in one line below.
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     request = AudienceRequest(tuple(files), tenant, segment, default_zone, rejects)
     started = time.monotonic()
     with (
@@ -146,7 +151,7 @@ def verify(
         opened = FileStore(store).open_snapshot(_full_id(snapshot, store))
         damages = list(opened.verify())
     for damage in damages:
-        _errors.print(f"[red]damaged:[/red] {damage}", soft_wrap=True, highlight=False)
+        _errors.print(f"[red]damaged:[/red] {escape(str(damage))}", soft_wrap=True, highlight=False)
     if damages:
         raise typer.Exit(1)
     typer.echo(f"{opened.id}: {len(opened.manifest.pages):,} pages are as they were written")

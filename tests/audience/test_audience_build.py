@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.audience import AudienceRequest, BuiltAudience, build_audience
-from schemas.errors import InvalidProfile, InvalidSegment
+from schemas.errors import FanfareError, InvalidProfile, InvalidSegment
 from schemas.pages import PAGE_SIZE
 from schemas.profile import RejectReason
 from schemas.snapshot import HAS_EMAIL, HAS_PHONE, HAS_PUSH_TOKEN, shard_of
@@ -306,6 +306,30 @@ def test_what_can_not_be_built_says_why_and_leaves_nothing(tmp_path: Path) -> No
     with pytest.raises(InvalidProfile, match=r"p\.parquet.*'x' is list"):
         build(store, tmp_path / "p.parquet")
     assert not (store / "snapshots").exists()
+
+
+def test_a_source_that_breaks_off_is_named_with_the_row(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    generate(2000, 1, path)
+    data = bytearray(path.read_bytes())
+    data[2000:2200] = bytes(200)
+    path.write_bytes(data)
+    with pytest.raises(InvalidProfile, match=r"p\.parquet: can't be read from row 1 on"):
+        build(tmp_path / "store", path)
+    sheet = tmp_path / "p.csv"
+    sheet.write_bytes(b"recipient_id,x\na,1\n" + b"x" * (20 << 20))
+    with pytest.raises(InvalidProfile, match=r"p\.csv: a line is longer"):
+        build(tmp_path / "store", sheet)
+    assert list((tmp_path / "store" / "scratch").iterdir()) == []
+
+
+def test_a_store_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "p.csv", [{"recipient_id": "a", "age": "1"}])
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(FanfareError, match="can't write to the store"):
+        build(tmp_path / "store", source)
+    with pytest.raises(FanfareError, match="can't write the rejects"):
+        build(tmp_path / "other", source, rejects=tmp_path / "store" / "rejects.csv")
 
 
 def test_parquet_rows_are_numbered_over_row_groups_and_bad_text_refused(tmp_path: Path) -> None:
