@@ -1,4 +1,4 @@
-"""Kafka at the edges of the jobs: sources and sinks for PyFlink, a producer for everything else.
+"""Kafka at the edges of the jobs: sources and sinks for PyFlink.
 
 Values are bytes on both sides; ``schemas.codec`` makes records of them inside operators.
 """
@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from kafka import KafkaProducer
 from pyflink.common import Types
 from pyflink.common.serialization import ByteArraySchema
 from pyflink.common.watermark_strategy import WatermarkStrategy
@@ -97,15 +96,4 @@ def sink(
             "transaction.timeout.ms", str(int(transaction_timeout / timedelta(milliseconds=1)))
         )
         .build()
-    )
-
-
-def producer(servers: str) -> KafkaProducer:
-    """A producer whose acknowledged records are the broker's: idempotent, all replicas."""
-    return KafkaProducer(
-        bootstrap_servers=servers.split(","),
-        acks="all",
-        enable_idempotence=True,
-        linger_ms=5,
-        compression_type=None,
     )

@@ -29,6 +29,11 @@ COMMANDS: Mapping[str, Entry] = {
     "down": Entry("stack.commands:down_app", "Stop the embedded stack; no process remains."),
     "status": Entry("stack.commands:status_app", "Show how every server of the stack stands."),
     "env": Entry("stack.commands:env_app", "Print the variables that find the stack's servers."),
+    "jobs": Entry("stack.cli_jobs:app", "Have the jobs run on the stack; list them."),
+    "audience": Entry("stack.cli_audience:app", "Audience snapshots: build, show, verify."),
+    "campaign": Entry("stack.cli_campaign:app", "Campaigns: launch, pause, resume, cancel, rate."),
+    "books": Entry("stack.cli_books:app", "A run's books, and one recipient's story."),
+    "demo": Entry("stack.demo:app", "A campaign of 100,000 people, end to end."),
 }
 
 

@@ -412,5 +412,10 @@ def environment(home: Home, ports: Mapping[str, int] | None = None) -> dict[str,
         "FANFARE_SIMULATOR": found.simulator,
         "FANFARE_RECEIVER": found.receiver,
         "FANFARE_WEBHOOK_PUBLIC_KEY": found.webhook_public_key,
+        # The providers are the simulator, on this machine and without TLS. Unsubscribe links must
+        # be https (RFC 8058): a name kept for examples (RFC 2606) stands for the public receiver.
+        "FANFARE_ALLOW_PRIVATE": "true",
+        "FANFARE_SMTP_SECURITY": "none",
+        "FANFARE_PUBLIC_URL": "https://fanfare.example",
         "FANFARE_UNSUBSCRIBE_SECRET": secret(home, "unsubscribe-secret"),
     }

@@ -1,0 +1,396 @@
+"""`fanfare campaign`: launch, pause, resume, cancel, set the rate, see how a run stands."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import time
+import uuid
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from schemas import topics
+from schemas.codec import decode, encode
+from schemas.errors import InvalidCampaign, Unavailable
+from schemas.ids import ObjectId, RunId, Tenant
+from schemas.pages import bitmap_bytes, bitmap_from, full_bitmap
+from schemas.records import (
+    CampaignSpec,
+    Command,
+    CommandKind,
+    ConsentChange,
+    LegSpec,
+    PageOrder,
+    RunEvent,
+)
+from sinks.store import FileStore
+from stack.reach import variable
+from transforms.campaign_file import parse_campaign
+from transforms.examine import misfits
+from transforms.rendering import TemplateSource, compile_template
+
+app = typer.Typer(no_args_is_help=True, help="Campaigns: launch them and control them.")
+_errors = Console(stderr=True)
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option("--home", help="The stack's folder. [default: $FANFARE_HOME, else ./.fanfare]"),
+]
+TenantOption = Annotated[str, typer.Option("--tenant", help="Whose campaign it is.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line.")]
+WaitOption = Annotated[
+    float, typer.Option("--wait", help="Seconds to wait for the answer; 0: don't wait.")
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")]
+
+
+def read_campaign(
+    file: Path, run: str | None, tenant: str | None, snapshot: str | None
+) -> CampaignSpec:
+    """The campaign of a file.
+
+    Raises:
+        InvalidCampaign: with every mistake, its line, field and what was expected.
+    """
+
+    def check(leg: LegSpec) -> None:
+        compile_template(TemplateSource(leg.subject, leg.html, leg.text))
+
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidCampaign(f"{file} can't be read as UTF-8 text: {error}") from error
+    now = datetime.now(UTC)
+    return parse_campaign(
+        text,
+        now=now,
+        read_text=lambda name: (file.parent / name).read_text(),
+        check_template=check,
+        run=run or f"{file.stem}-{now:%Y%m%d-%H%M%S}",
+        tenant=tenant,
+        snapshot=snapshot,
+        name=str(file),
+    )
+
+
+def send_command(servers: str, command: Command) -> None:
+    """Write a command; returns once the broker has it. Raises Unavailable."""
+    from kafka.errors import KafkaError
+
+    from sinks.kafka_client import producer
+
+    try:
+        sender = producer(servers)
+        try:
+            key = f"{command.tenant}/{command.run}".encode()
+            sender.send(topics.COMMANDS, encode(command), key=key).get(timeout=30)
+        finally:
+            sender.close()
+    except KafkaError as error:
+        raise Unavailable(f"the command was not taken by Kafka at {servers}: {error}") from error
+
+
+def await_answer(servers: str, command_id: str, timeout: timedelta) -> RunEvent | None:
+    """The audit event of a command, or None when it does not come in time."""
+    from sinks.kafka_client import read_from_end
+
+    until = time.monotonic() + timeout.total_seconds()
+    with read_from_end(servers, topics.RUNS, back=2000) as poll:
+        while time.monotonic() < until:
+            for value in poll():
+                event = decode(value, RunEvent)
+                if event.command_id == command_id:
+                    return event
+    return None
+
+
+def _issue(command: Command, wait: float, as_json: bool, home: Path | None) -> None:
+    servers = variable("FANFARE_KAFKA", home)
+    send_command(servers, command)
+    event = await_answer(servers, command.command_id, timedelta(seconds=wait)) if wait else None
+    if as_json:
+        print(json.dumps(_answer(command, event)))
+    elif event is None:
+        said = (
+            "was written; its answer was not waited for"
+            if not wait
+            else (
+                f"was written, and not answered in {wait:g} s: is the campaigns job running? "
+                "It is carried out when the job gets to it."
+            )
+        )
+        print(f"{command.kind.value} {command.run}: {said}")
+    elif event.accepted:
+        print(f"{command.run} is {event.status.value}")
+    else:
+        _errors.print(f"refused: {event.note}", style="red", soft_wrap=True, markup=False)
+    if event is not None and not event.accepted:
+        raise typer.Exit(1)
+    if event is None and wait:
+        raise typer.Exit(3)
+
+
+def _answer(command: Command, event: RunEvent | None) -> dict[str, object]:
+    return {
+        "run": command.run,
+        "command": command.kind.value,
+        "command_id": command.command_id,
+        "answered": event is not None,
+        "accepted": event.accepted if event is not None else None,
+        "status": event.status.value if event is not None else None,
+        "note": event.note if event is not None else "",
+        "audience": event.audience if event is not None else None,
+    }
+
+
+def new_command(
+    kind: CommandKind,
+    tenant: str,
+    run: str,
+    *,
+    note: str = "",
+    launch: CampaignSpec | None = None,
+    rate_per_second: float | None = None,
+) -> Command:
+    """A command of the person at this terminal."""
+    return Command(
+        command_id=str(uuid.uuid4()),
+        tenant=Tenant(tenant),
+        run=RunId(run),
+        kind=kind,
+        issued_at=datetime.now(UTC),
+        issued_by=getpass.getuser(),
+        note=note,
+        launch=launch,
+        rate_per_second=rate_per_second,
+    )
+
+
+@app.command()
+def launch(
+    file: Annotated[Path, typer.Argument(help="The campaign file (YAML).")],
+    run: Annotated[
+        str | None, typer.Option(help="The run's name. [default: file and time]")
+    ] = None,
+    snapshot: Annotated[
+        str | None, typer.Option(help="The audience, where the file names none.")
+    ] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Whose it is, where the file is silent.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Send nothing; tell who would be sent, and why not.")
+    ] = False,
+    wait: WaitOption = 30.0,
+    as_json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Launch a campaign. A file with mistakes is refused, with line, field and expectation."""
+    spec = read_campaign(file, run, tenant or "default", snapshot)
+    store = FileStore(variable("FANFARE_STORE", home))
+    problems = list(misfits(spec, store.open_snapshot(spec.snapshot).manifest))
+    if problems:
+        raise InvalidCampaign(f"{file} does not fit its audience:\n  " + "\n  ".join(problems))
+    if dry_run:
+        _tell_dry_run(spec, store, home, as_json)
+        return
+    command = new_command(CommandKind.LAUNCH, spec.tenant, spec.run, launch=spec)
+    _issue(command, wait, as_json, home)
+
+
+def dry_run_counts(
+    spec: CampaignSpec, store: FileStore, consents: dict[str, bytes], now: datetime
+) -> dict[str, Counter[str]]:
+    """What would be decided now: by leg, counts of ``send``, ``skip:…``, ``defer:…``, ``expired``.
+
+    ``consents`` is what the consent topic says, by recipient. Caps count no earlier campaign.
+    """
+    from transforms.decide import decide_page
+
+    snapshot = store.open_snapshot(spec.snapshot)
+    found: dict[str, Counter[str]] = {}
+    for leg in spec.legs:
+        counts = found.setdefault(leg.leg, Counter())
+        for entry in snapshot.manifest.pages:
+            order = PageOrder(
+                spec.tenant,
+                spec.run,
+                leg.leg,
+                ObjectId(""),
+                spec.snapshot,
+                entry.shard,
+                entry.page,
+                0,
+                bitmap_bytes(full_bitmap(entry.count)),
+                now,
+            )
+            index = snapshot.read_index(entry.shard, entry.page)
+            result = decide_page(order, spec, index, consents.get, now).result
+            counts["send"] += bitmap_from(result.sends).bit_count()
+            for skip in result.skips:
+                name = "expired" if skip.expired else f"skip:{skip.reason.value}"
+                counts[name] += bitmap_from(skip.ordinals).bit_count()
+            for group in result.deferrals:
+                name = f"defer:{group.reason.value}"
+                counts[name] += bitmap_from(group.ordinals).bit_count()
+    return found
+
+
+def _consents(tenant: str, home: Path | None) -> dict[str, bytes]:
+    """The state that the consent topic makes of each recipient of a tenant."""
+    from schemas.state import RecipientState
+    from sinks.kafka_client import read_all
+    from transforms.consent import apply_consent
+
+    states: dict[str, RecipientState] = {}
+    for value in read_all(variable("FANFARE_KAFKA", home), topics.CONSENT):
+        change = decode(value, ConsentChange)
+        if change.tenant == tenant:
+            states[change.recipient_id] = apply_consent(states.get(change.recipient_id), change)
+    return {recipient: encode(state) for recipient, state in states.items()}
+
+
+def _tell_dry_run(spec: CampaignSpec, store: FileStore, home: Path | None, as_json: bool) -> None:
+    found = dry_run_counts(spec, store, _consents(spec.tenant, home), datetime.now(UTC))
+    if as_json:
+        print(json.dumps({"run": spec.run, "dry_run": True, "legs": found}))
+        return
+    for leg, counts in found.items():
+        table = Table(title=f"{spec.campaign}, {leg}: if launched now", title_justify="left")
+        table.add_column("decision")
+        table.add_column("people", justify="right")
+        for name, count in sorted(counts.items(), key=lambda item: (item[0] != "send", -item[1])):
+            table.add_row(name, f"{count:,}")
+        table.add_row("audience", f"{sum(counts.values()):,}", style="bold")
+        Console().print(table)
+    print("Messages of earlier campaigns are not counted against the caps here. Nothing was sent.")
+
+
+def _control(
+    kind: CommandKind,
+    run: str,
+    tenant: str,
+    note: str,
+    wait: float,
+    as_json: bool,
+    home: Path | None,
+    rate: float | None = None,
+) -> None:
+    _issue(new_command(kind, tenant, run, note=note, rate_per_second=rate), wait, as_json, home)
+
+
+NoteOption = Annotated[str, typer.Option("--note", help="Why; kept in the audit trail.")]
+
+
+@app.command()
+def pause(
+    run: RunArgument,
+    tenant: TenantOption = "default",
+    note: NoteOption = "",
+    wait: WaitOption = 30.0,
+    as_json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Pause a run: requests in flight finish, nothing new starts."""
+    _control(CommandKind.PAUSE, run, tenant, note, wait, as_json, home)
+
+
+@app.command()
+def resume(
+    run: RunArgument,
+    tenant: TenantOption = "default",
+    note: NoteOption = "",
+    wait: WaitOption = 30.0,
+    as_json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Resume a paused run at the exact recipient."""
+    _control(CommandKind.RESUME, run, tenant, note, wait, as_json, home)
+
+
+@app.command()
+def cancel(
+    run: RunArgument,
+    tenant: TenantOption = "default",
+    note: NoteOption = "",
+    wait: WaitOption = 30.0,
+    as_json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Cancel a run for good: who was not sent to counts as cancelled."""
+    _control(CommandKind.CANCEL, run, tenant, note, wait, as_json, home)
+
+
+@app.command()
+def rate(
+    run: RunArgument,
+    per_second: Annotated[
+        float | None, typer.Argument(help="Messages a second. [default: no limit of the run's own]")
+    ] = None,
+    tenant: TenantOption = "default",
+    note: NoteOption = "",
+    wait: WaitOption = 30.0,
+    as_json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Change a run's rate while it runs."""
+    _control(CommandKind.SET_RATE, run, tenant, note, wait, as_json, home, per_second)
+
+
+@app.command()
+def status(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="One run; all if not given.")
+    ] = None,
+    tenant: TenantOption = "default",
+    as_json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """How a run stands, as its coordinator last said; without RUN, all runs."""
+    from sinks.kafka_client import read_all
+
+    latest: dict[str, RunEvent] = {}
+    for value in read_all(variable("FANFARE_KAFKA", home), topics.RUNS):
+        event = decode(value, RunEvent)
+        if event.tenant == tenant and event.campaign and run in (None, event.run):
+            latest[event.run] = event
+    if run is not None and run not in latest:
+        raise InvalidCampaign(f"there is no run {run!r} of tenant {tenant!r}")
+    rows = [
+        {
+            "run": event.run,
+            "campaign": event.campaign,
+            "status": event.status.value,
+            "audience": event.audience,
+            "pending": event.pending,
+            "unordered": event.audience - event.ordered,
+            "open": event.open,
+            "deferred": event.deferred,
+            "at": event.at.isoformat(),
+            "note": event.note,
+        }
+        for event in sorted(latest.values(), key=lambda one: one.at)
+    ]
+    if as_json:
+        print(json.dumps(rows[0] if run is not None else rows))
+        return
+    table = Table(box=None)
+    for name in ("run", "status", "audience", "pending", "open", "deferred", "as of"):
+        table.add_column(name, justify="left" if name in ("run", "status", "as of") else "right")
+    for event in sorted(latest.values(), key=lambda one: one.at):
+        table.add_row(
+            event.run,
+            event.status.value,
+            f"{event.audience:,}",
+            f"{event.pending:,}",
+            f"{event.open:,}",
+            f"{event.deferred:,}",
+            f"{event.at:%Y-%m-%d %H:%M:%S} UTC",
+        )
+    Console().print(table)

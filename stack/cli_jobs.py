@@ -1,0 +1,52 @@
+"""`fanfare jobs`: have the jobs run on the embedded stack; list them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stack.layout import home as home_at
+
+app = typer.Typer(no_args_is_help=True, help="The Flink jobs of the embedded stack.")
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option("--home", help="The stack's folder. [default: $FANFARE_HOME, else ./.fanfare]"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line.")]
+
+
+@app.command()
+def start(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Create topics and tables, submit the jobs that don't run, wait until all run."""
+    from stack.jobs import start_jobs
+
+    console = Console(stderr=True)
+    found = start_jobs(home_at(home), lambda line: console.print(line, highlight=False))
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, job_id in found.items():
+        print(f"{name}  {job_id}")
+
+
+@app.command("list")
+def list_jobs(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """The jobs that Flink knows, with their states."""
+    from stack.flink_jobs import jobs
+
+    listed = jobs(home_at(home))
+    if as_json:
+        print(json.dumps([{"id": job.id, "name": job.name, "state": job.state} for job in listed]))
+        return
+    table = Table(box=None)
+    for column in ("job", "state", "id"):
+        table.add_column(column)
+    for job in listed:
+        table.add_row(job.name, job.state, job.id)
+    Console().print(table)

@@ -1,0 +1,35 @@
+"""Where commands find the servers: the environment first, else the embedded stack of a home."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from schemas.errors import InvalidInput, StackFailed
+from stack.layout import environment
+from stack.layout import home as home_at
+
+
+def reach(home: Path | None = None) -> Mapping[str, str]:
+    """The ``FANFARE_`` variables: what is set in the environment outranks the embedded stack."""
+    own = {name: value for name, value in os.environ.items() if name.startswith("FANFARE_")}
+    try:
+        return {**environment(home_at(home)), **own}
+    except StackFailed:
+        if "FANFARE_KAFKA" in own:
+            return own
+        raise
+
+
+def variable(name: str, home: Path | None = None) -> str:
+    """One variable.
+
+    Raises:
+        StackFailed: nothing is set and no stack was started.
+        InvalidInput: others are set, this one is not.
+    """
+    value = reach(home).get(name, "")
+    if not value:
+        raise InvalidInput(f"{name} is not set, and the embedded stack has no such server")
+    return value
