@@ -11,6 +11,9 @@ refunded    failed, expired, cancelled or stale   nowhere; accepted or unknown, 
             in its own generation                 after all
 ==========  ====================================  ==========================================
 
+That a refusal refunds although older generations were taken over rests on the ledger's promise: who
+refuses a generation has seen that no older one was accepted, and lets none leave any more.
+
 ``at`` is the latest moment at which the message can have left: ``valid_until`` of its decision,
 then the time of its outcome if that is earlier. Windows are judged by it and not by the moment of
 decision, so that the cap holds for what *arrives*: a message decided at noon and sent ten minutes

@@ -47,9 +47,7 @@ def after(words: list[ConsentChange]) -> RecipientState | None:
 def said(words: list[ConsentChange], in_snapshot: bool = True) -> Reason | None:
     """Why e-mail about offers is refused."""
     consents = frozenset({"email:offers"}) if in_snapshot else frozenset({"sms:offers"})
-    decision, _ = decide_one(
-        after(words), person(consents=consents), campaign(), EMAIL, 0, NOON
-    )
+    decision, _ = decide_one(after(words), person(consents=consents), campaign(), EMAIL, 0, NOON)
     if isinstance(decision, Skip):
         return decision.reason
     assert isinstance(decision, Admit)
@@ -174,9 +172,7 @@ def test_an_erasure_leaves_nothing_of_the_person() -> None:
     before = apply_consent(None, word("email:offers", GRANTED, 0))
     erased = apply_consent(replace(before, reservations=(held,)), word("email:*", ERASED, 1))
     assert erased.reservations == ()
-    assert [(one.channel, one.topic, one.status) for one in erased.consents] == [
-        ("*", "*", ERASED)
-    ]
+    assert [(one.channel, one.topic, one.status) for one in erased.consents] == [("*", "*", ERASED)]
     assert apply_consent(erased, word("email:offers", GRANTED, 9)) is erased
 
 
