@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Protocol, TypeVar
 
 from schemas.ids import LegId, RunId, Tenant
-from schemas.pages import SHARDS, delivery_key
+from schemas.pages import SHARDS
 from schemas.reasons import Lane, RunStatus
 from sinks import ledger, ledger_upkeep, runs
 from sinks.redis_client import command, connect, connect_async
@@ -150,8 +150,7 @@ class RedisBackend:
         ledger_upkeep.opt_in(self.client, shard, recipient, scopes)
 
     def look(self, ref: LedgerRef) -> Seen:
-        owner = Owner(Lane.PROMOTIONAL, delivery_key(ref.shard), 1)
-        return self.run(ledger.open_ledger(self.aclient, ref, owner, None)).seen
+        return self.run(ledger.look(self.aclient, ref))
 
     def view(self, ref: LedgerRef) -> LedgerView:
         return ledger_upkeep.view(self.client, ref)

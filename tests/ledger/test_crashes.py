@@ -22,11 +22,13 @@ from transforms.ledger import (
     Action,
     Ask,
     Claim,
+    Claims,
     LedgerRef,
     Owner,
     RecipientKey,
     Seen,
     Settlement,
+    Settlements,
     VerdictKind,
     scopes_of,
 )
@@ -49,10 +51,35 @@ def prepare(server: RedisServer, count: int = 5000) -> None:
     client.close()
 
 
-async def writer(client: redis.asyncio.Redis, expected: Seen | None = None) -> ledger.Ledger:
+class Writer:
+    """One writer of the ledger, one call at a time: the least that delivery does."""
+
+    def __init__(self, client: redis.asyncio.Redis, owner: Owner, seen: Seen) -> None:
+        self.client, self.owner, self.seen = client, owner, seen
+        self.turn = asyncio.Lock()
+
+    async def claim(self, *asks: Ask) -> Claims:
+        async with self.turn:
+            while True:
+                answer = await ledger.claim(self.client, REF, self.owner, self.seen, SCOPES, asks)
+                self.seen = Seen(self.seen.dataset, answer.seq)
+                if isinstance(answer, Claims):
+                    return answer
+
+    async def settle(self, *settlements: Settlement) -> Settlements:
+        async with self.turn:
+            while True:
+                answer = await ledger.settle(self.client, REF, self.owner, self.seen, settlements)
+                self.seen = Seen(self.seen.dataset, answer.seq)
+                if isinstance(answer, Settlements):
+                    return answer
+
+
+async def writer(client: redis.asyncio.Redis, seen: Seen | None = None) -> Writer:
     epoch = await ledger.acquire_epoch(client, Lane.PROMOTIONAL, KEY)
-    owner = Owner(Lane.PROMOTIONAL, KEY, epoch)
-    return await ledger.open_ledger(client, REF, owner, expected)
+    return Writer(
+        client, Owner(Lane.PROMOTIONAL, KEY, epoch), seen or await ledger.look(client, REF)
+    )
 
 
 def test_killed_amid_claims_keeps_what_it_acknowledged(own_redis: RedisServer) -> None:
@@ -68,7 +95,7 @@ def test_killed_amid_claims_keeps_what_it_acknowledged(own_redis: RedisServer) -
         try:
             while at < 5000:
                 batch = [ask(i) for i in range(at, min(at + 2, 5000))]
-                verdicts = (await mine.claim(SCOPES, batch)).verdicts
+                verdicts = (await mine.claim(*batch)).verdicts
                 assert {each.kind for each in verdicts} == {VerdictKind.CLAIMED}
                 answered.extend(each.ordinal for each in batch)
                 at += 2
@@ -97,23 +124,23 @@ def test_same_writer_goes_on_after_a_restart(own_redis: RedisServer) -> None:
     async def go() -> None:
         client = connect_async(own_redis.url, timedelta(seconds=2), connections=3)
         mine = await writer(client)
-        await mine.claim(SCOPES, [ask(1), ask(2)])
+        await mine.claim(ask(1), ask(2))
         own_redis.kill()
         with pytest.raises(Unavailable):
-            await mine.settle([Settlement(1, 1, 1, Action.ACCEPT)])
+            await mine.settle(Settlement(1, 1, 1, Action.ACCEPT))
         own_redis.start()
         for _ in range(5):
             try:
-                done = await mine.settle([Settlement(1, 1, 1, Action.ACCEPT)])
+                done = await mine.settle(Settlement(1, 1, 1, Action.ACCEPT))
                 break
             except Unavailable:
                 continue
         assert done.answers[0].kind.value == "done"
-        assert (await mine.claim(SCOPES, [ask(2)])).verdicts[0].kind is VerdictKind.CLAIMED
+        assert (await mine.claim(ask(2))).verdicts[0].kind is VerdictKind.CLAIMED
         command_client = connect(own_redis.url)
         command(command_client, "SCRIPT FLUSH")
         command_client.close()
-        assert (await mine.claim(SCOPES, [ask(3)])).verdicts[0].kind is VerdictKind.CLAIMED
+        assert (await mine.claim(ask(3))).verdicts[0].kind is VerdictKind.CLAIMED
         await client.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(go())
@@ -126,27 +153,27 @@ def test_stopped_and_continued_carries_each_call_out_once(own_redis: RedisServer
     async def go() -> None:
         client = connect_async(own_redis.url, timedelta(seconds=0.3), connections=4)
         mine = await writer(client)
-        await mine.claim(SCOPES, [ask(0)])
+        await mine.claim(ask(0))
         before = mine.seen.seq
         own_redis.signal(signal.SIGSTOP)
         try:
             for _ in range(3):
                 with pytest.raises(Unavailable):
-                    await mine.claim(SCOPES, [ask(1)])
+                    await mine.claim(ask(1))
         finally:
             own_redis.signal(signal.SIGCONT)
         for _ in range(10):
             try:
-                answer = await mine.claim(SCOPES, [ask(1)])
+                answer = await mine.claim(ask(1))
                 break
             except Unavailable:
                 continue
         assert answer.verdicts[0].kind is VerdictKind.CLAIMED
         # Of the three twins at most one was carried out, and this call; none comes later.
         assert before + 1 <= answer.seq <= before + 2
-        await mine.settle([Settlement(1, 1, 1, Action.RELEASE)])
+        await mine.settle(Settlement(1, 1, 1, Action.RELEASE))
         await asyncio.sleep(0.3)
-        assert (await mine.claim(SCOPES, [ask(1, 2)])).verdicts[0].kind is VerdictKind.CLAIMED
+        assert (await mine.claim(ask(1, 2))).verdicts[0].kind is VerdictKind.CLAIMED
         await client.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(go())
@@ -158,15 +185,15 @@ def test_restored_empty_is_missing(own_redis: RedisServer) -> None:
     async def go() -> None:
         client = connect_async(own_redis.url)
         mine = await writer(client)
-        await mine.claim(SCOPES, [ask(1)])
+        await mine.claim(ask(1))
         await client.connection_pool.disconnect()
         own_redis.restore(None)
         with pytest.raises(MissingLedger):
-            await mine.claim(SCOPES, [ask(2)])
+            await mine.claim(ask(2))
         with pytest.raises(MissingLedger):
-            await mine.settle([Settlement(1, 1, 1, Action.ACCEPT)])
+            await mine.settle(Settlement(1, 1, 1, Action.ACCEPT))
         with pytest.raises(MissingLedger):
-            await writer(client, mine.seen)
+            await writer(client)
         await client.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(go())
@@ -179,17 +206,18 @@ def test_restored_older_is_rolled_back(own_redis: RedisServer, tmp_path: Path) -
     async def go() -> None:
         client = connect_async(own_redis.url)
         mine = await writer(client)
-        await mine.claim(SCOPES, [ask(1)])
+        await mine.claim(ask(1))
         own_redis.keep(older)
-        await mine.claim(SCOPES, [ask(2)])
+        await mine.claim(ask(2))
         await client.connection_pool.disconnect()
         own_redis.restore(older)
         with pytest.raises(LedgerRolledBack):
-            await mine.claim(SCOPES, [ask(3)])
+            await mine.claim(ask(3))
         with pytest.raises(LedgerRolledBack):
-            await mine.settle([Settlement(2, 1, 1, Action.ACCEPT)])
+            await mine.settle(Settlement(2, 1, 1, Action.ACCEPT))
+        successor = await writer(client, mine.seen)
         with pytest.raises(LedgerRolledBack):
-            await writer(client, mine.seen)
+            await successor.claim(ask(3))
         await client.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(go())
@@ -206,7 +234,7 @@ def test_restored_before_the_epoch_is_rolled_back(own_redis: RedisServer, tmp_pa
         await client.connection_pool.disconnect()
         own_redis.restore(older)
         with pytest.raises(LedgerRolledBack):
-            await mine.claim(SCOPES, [ask(1)])
+            await mine.claim(ask(1))
         await client.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(go())
@@ -223,13 +251,13 @@ def test_lost_bitmap_or_meta_is_never_read_as_untouched(own_redis: RedisServer) 
         bits = command(plain, "GET", key + "bits")
         command(plain, "DEL", key + "bits")
         with pytest.raises(MissingLedger):
-            await mine.claim(SCOPES, [ask(1)])
+            await mine.claim(ask(1))
         with pytest.raises(FanfareError, match="rebuild"):
             ledger_upkeep.create(plain, TENANT, RUN, LEG, all_shards(5000), "d1")
         command(plain, "SET", key + "bits", bits)
         command(plain, "DEL", key + "meta")
         with pytest.raises(MissingLedger):
-            await mine.claim(SCOPES, [ask(1)])
+            await mine.claim(ask(1))
         with pytest.raises(FanfareError, match="rebuild"):
             ledger_upkeep.create(plain, TENANT, RUN, LEG, all_shards(5000), "d1")
         plain.close()
@@ -244,14 +272,14 @@ def test_predecessor_that_still_runs_is_fenced(own_redis: RedisServer) -> None:
     async def go() -> None:
         client = connect_async(own_redis.url)
         old = await writer(client)
-        await old.claim(SCOPES, [ask(1), ask(2)])
+        await old.claim(ask(1), ask(2))
         new = await writer(client, old.seen)
         with pytest.raises(Fenced):
-            await old.claim(SCOPES, [ask(3)])
-        verdicts = (await new.claim(SCOPES, [ask(1), ask(3)])).verdicts
+            await old.claim(ask(3))
+        verdicts = (await new.claim(ask(1), ask(3))).verdicts
         assert [each.kind for each in verdicts] == [VerdictKind.HELD, VerdictKind.CLAIMED]
         with pytest.raises(Fenced):
-            await old.settle([Settlement(2, 1, 1, Action.RELEASE)])
+            await old.settle(Settlement(2, 1, 1, Action.RELEASE))
         plain = connect(own_redis.url)
         assert isinstance(ledger_upkeep.list_open(plain, REF)[2], Claim)
         plain.close()
@@ -267,9 +295,7 @@ def test_concurrent_calls_of_one_writer_take_turns(own_redis: RedisServer) -> No
         client = connect_async(own_redis.url, connections=8)
         mine = await writer(client)
         first = mine.seen.seq
-        answers = await asyncio.gather(
-            *[mine.claim(SCOPES, [ask(i), ask(i + 1)]) for i in range(0, 200, 2)]
-        )
+        answers = await asyncio.gather(*[mine.claim(ask(i), ask(i + 1)) for i in range(0, 200, 2)])
         assert sorted(each.seq for each in answers) == list(range(first + 1, first + 101))
         await client.aclose()  # type: ignore[attr-defined]
 
@@ -318,7 +344,7 @@ def test_opt_outs_are_forgotten_after_twenty_minutes(own_redis: RedisServer) -> 
     async def go() -> None:
         aclient = connect_async(own_redis.url)
         mine = await writer(aclient)
-        assert (await mine.claim(SCOPES, [ask(1)])).verdicts[0].kind is VerdictKind.CLAIMED
+        assert (await mine.claim(ask(1))).verdicts[0].kind is VerdictKind.CLAIMED
         await aclient.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(go())
