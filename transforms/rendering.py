@@ -289,7 +289,8 @@ _MISSING = StrictUndefined()._undefined_obj
 
 def _require_printable(value: Any) -> None:
     if isinstance(value, Undefined):
-        str(value)
+        str(value)  # raises, unless it is what `{{ x if y }}` leaves when y is false
+        return
     if value is None:
         raise _Refused("prints or joins a value that is null: give it a default")
     if not isinstance(value, _PRINTABLE):
