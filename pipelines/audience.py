@@ -17,7 +17,7 @@ import json
 import os
 import zoneinfo
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipelines.profile_sources import Batch, Rejected, Split, attribute_names, plan, read
 from pipelines.spill import read_shard, write_spill
+from schemas import errors
 from schemas.errors import FanfareError, InvalidProfile
 from schemas.ids import SnapshotId
 from schemas.pages import SHARDS
@@ -50,7 +51,8 @@ REJECTS_HEADER = ("source", "row", "reason", "raw")
 Listener = Callable[[str, int], None]
 """Told of progress from worker threads: the phase ('read' or 'page') and how many rows more."""
 _listeners: dict[str, Listener] = {}
-_failures: dict[str, FanfareError] = {}
+_RESERVE = "reserve"
+_RESERVE_BYTES = 1 << 16
 
 
 class SnapshotStore(Protocol):
@@ -135,15 +137,14 @@ def build_audience(
         job = _Job(
             str(scratch), request.tenant, segment.text, request.default_zone, tuple(attributes)
         )
+        (scratch / _RESERVE).write_bytes(bytes(_RESERVE_BYTES))
         if listener:
             _listeners[job.folder] = listener
         try:
             _run(job, splits)
-        except Exception as error:
-            # Beam tells of a step's error as text in one of its own.
-            raise _failures.pop(job.folder, error) from error
         finally:
             _listeners.pop(job.folder, None)
+        _raise_failure(job)
         manifest = Manifest.from_bytes((folder / MANIFEST_NAME).read_bytes())
         _write_build(folder / BUILD_NAME, request)
         if request.rejects:
@@ -184,20 +185,40 @@ def _tell(job: _Job, phase: str, rows: int) -> None:
 
 
 @contextmanager
-def _remembered(job: _Job) -> Iterator[None]:
-    """Keeps the first error of a step, that a person may be told it as it is."""
+def _failing(job: _Job) -> Iterator[None]:
+    """Writes a step's first error down, and ends the step without it.
+
+    Beam would print its own stack and tell of the error as text. The steps after do nothing then,
+    and ``build_audience`` raises the error.
+    """
     try:
         yield
     except FanfareError as error:
-        _failures.setdefault(job.folder, error)
-        raise
+        _fail(job, error)
     except OSError as error:
-        failure = FanfareError(
+        _fail(job, FanfareError(
             f"can't write to {job.folder}: {error.strerror or error}; free space, or give a store "
             "on another disk"
-        )
-        _failures.setdefault(job.folder, failure)
-        raise failure from error
+        ))  # fmt: skip
+
+
+def _fail(job: _Job, error: FanfareError) -> None:
+    # A full disk has room again for what is to be told of it.
+    (Path(job.folder) / _RESERVE).unlink(missing_ok=True)
+    with suppress(FileExistsError), _failure_file(job).open("x", encoding="utf-8") as file:
+        json.dump({"error": type(error).__name__, "message": str(error)}, file)
+
+
+def _failure_file(job: _Job) -> Path:
+    return Path(job.folder) / "failure.json"
+
+
+def _raise_failure(job: _Job) -> None:
+    path = _failure_file(job)
+    if path.exists():
+        told = json.loads(path.read_text(encoding="utf-8"))
+        kind: type[FanfareError] = getattr(errors, told["error"])
+        raise kind(told["message"])
 
 
 class _Spill(beam.DoFn):  # type: ignore[misc]
@@ -211,7 +232,9 @@ class _Spill(beam.DoFn):  # type: ignore[misc]
         self._zones = zoneinfo.available_timezones()
 
     def process(self, split: Split) -> Iterator[_Spilled]:
-        with _remembered(self._job):
+        if _failure_file(self._job).exists():
+            return
+        with _failing(self._job):
             yield self._spill_all(split)
 
     def _spill_all(self, split: Split) -> _Spilled:
@@ -255,7 +278,9 @@ class _Page(beam.DoFn):  # type: ignore[misc]
         self._job = job
 
     def process(self, shard: int, spilled: list[_Spilled]) -> Iterator[_Finished]:
-        with _remembered(self._job):
+        if _failure_file(self._job).exists():
+            return
+        with _failing(self._job):
             yield self._page(shard, spilled)
 
     def _page(self, shard: int, spilled: list[_Spilled]) -> _Finished:
@@ -276,7 +301,14 @@ class _Page(beam.DoFn):  # type: ignore[misc]
 
 
 def _write_manifest(finished: list[_Finished], spilled: list[_Spilled], job: _Job) -> None:
-    """The manifest of all shards, into the snapshot's folder."""
+    """The manifest of all shards, into the snapshot's folder; none if a step failed."""
+    if _failure_file(job).exists():
+        return
+    with _failing(job):
+        _write_manifest_of(finished, spilled, job)
+
+
+def _write_manifest_of(finished: list[_Finished], spilled: list[_Spilled], job: _Job) -> None:
     finished = sorted(finished, key=lambda one: one.shard)
     zones: dict[str, int] = {}
     for one in finished:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,8 +81,6 @@ def build(
     # Beam takes a second to import; the other commands need not wait for it.
     from pipelines.audience import AudienceRequest, build_audience
 
-    # It logs the traceback of a step's error, which is told in one line below.
-    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     request = AudienceRequest(tuple(files), tenant, segment, default_zone, rejects)
     started = time.monotonic()
     with (

@@ -49,7 +49,7 @@ def test_errors_are_one_line_and_a_status(tmp_path: Path) -> None:
     source.write_text("recipient_id,age\na,1\n")
     store = ("--store", tmp_path / "store")
     assert "column 5" in run("build", source, "--segment", "age ? 3", *store, status=1)
-    assert "[x[0]]" in run("build", source, "--segment", "[x[0]]", *store, status=1)
+    assert "'x[0]]'" in run("build", source, "--segment", "[x[0]]", *store, status=1)
     assert "No such file" in run("build", tmp_path / "none.csv", *store, status=1)
     assert "fanfare audience build" in run("show", "0" * 32, *store, status=1)
 
