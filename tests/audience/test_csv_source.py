@@ -85,7 +85,9 @@ def test_a_rejected_row_is_shown(path: Path) -> None:
 FIELD = st.text(st.sampled_from('ab,"\n\r ü日'), max_size=6)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200
+)
 @given(
     st.lists(st.tuples(FIELD, FIELD, FIELD), min_size=1, max_size=12),
     # With "\n" as line end, minimal quoting would leave a lone "\r" bare.
@@ -111,7 +113,9 @@ def test_what_a_csv_writer_writes_is_read_whatever_the_chunks(
     ]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200
+)
 @given(st.binary(max_size=60) | st.text('ab,"\n\r\0', max_size=60).map(str.encode))
 def test_whatever_the_bytes_each_row_is_numbered_once(tmp_path: Path, body: bytes) -> None:
     found, rejected = load(tmp_path / "p.csv", b"recipient_id,x\n" + body)

@@ -9,7 +9,7 @@ import fastavro
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import InvalidProfile
@@ -137,6 +137,7 @@ def test_consents_are_sorted_and_distinct() -> None:
     assert canonical_consents("email:*x") is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=300)))
 def test_texts_are_encoded_as_avro_does(values: list[str | None]) -> None:
     encoded = encode_texts(pa.array(values, pa.string()), 4).to_pylist()
@@ -166,6 +167,7 @@ def read(data: bytes) -> Any:
     return value
 
 
+@settings(deadline=None)
 @given(st.text(max_size=9), st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
 def test_shards_by_the_column_are_shards_one_by_one(tenant: str, ids: list[str]) -> None:
     assert shards_of(tenant, pa.array(ids, pa.string())).tolist() == [
@@ -173,6 +175,7 @@ def test_shards_by_the_column_are_shards_one_by_one(tenant: str, ids: list[str])
     ]
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

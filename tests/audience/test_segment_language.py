@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import InvalidSegment
@@ -70,6 +70,7 @@ def test_meaning(text: str, values: dict[str, Any], expected: bool) -> None:
     assert selects(text, **values) is expected
 
 
+@settings(deadline=None)
 @given(st.integers(-1000, 1000), st.integers(-1000, 1000), st.sampled_from(["<", "<=", "==", "!="]))
 def test_text_of_csv_means_what_numbers_of_parquet_mean(value: int, limit: int, sign: str) -> None:
     text = f"x {sign} {limit}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import fastavro
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import CorruptPage
@@ -40,11 +40,7 @@ GOLDEN_KEYS = {
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 ADDRESS = st.none() | TEXT
 VALUE = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63 - 1)
-    | st.floats(allow_nan=False)
-    | TEXT
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | TEXT
 )
 
 
@@ -74,6 +70,7 @@ def test_shards_are_evenly_filled() -> None:
     assert max(filled) < 150
 
 
+@settings(deadline=None)
 @given(st.integers(-(2**63), 2**63 - 1))
 def test_longs_are_avro(value: int) -> None:
     assert encode_long(value) == written("long", value)
@@ -86,6 +83,7 @@ PEOPLE = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(PEOPLE, st.integers(0, 2**40), st.data())
 def test_an_index_comes_back_and_is_what_avro_writes(
     people: list[tuple[str, str, int]], first: int, data: st.DataObject
@@ -123,6 +121,7 @@ def test_an_index_comes_back_and_is_what_avro_writes(
     assert index.flags == flags
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(ADDRESS, ADDRESS, VALUE), min_size=1, max_size=PAGE_SIZE))
 def test_a_body_comes_back(people: list[tuple[str | None, str | None, Any]]) -> None:
     count = len(people)
