@@ -33,7 +33,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from email.utils import parseaddr
 from enum import Enum
 from pathlib import PurePath
 from typing import TypeVar
@@ -84,6 +83,7 @@ _QUIET = re.compile(r"(\d{1,2}):(\d\d)\s*-\s*(\d{1,2}):(\d\d)")
 _ATOM = r'[^\s\x00-\x20\x7f@"(),:;<>\[\]\\]'
 _LABEL = r'[^\s\x00-\x20\x7f@"(),:;<>\[\]\\.]'
 _ADDRESS = re.compile(rf"{_ATOM}+@{_LABEL}+(\.{_LABEL}+)+")
+_MAILBOX = re.compile(r"([^<>]*)<([^<>]*)>")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _FAR = datetime(9999, 1, 1, tzinfo=UTC)
 
@@ -623,7 +623,9 @@ class _Reader:
             self.given.check_template(leg)
         except InvalidTemplate as error:
             message = str(error)
-            part = next((name for name in ("subject", "html", "text") if name in message), "text")
+            parts = {"subject": leg.subject, "html": leg.html, "text": leg.text}
+            given = [name for name, source in parts.items() if source]
+            part = next((name for name in given if name in message), given[-1])
             place, line = self.places.get(f"{at}.{part}", (f"{at}.{part}", one.line("channel")))
             self.note(place, message, line)
 
@@ -653,8 +655,8 @@ class _Reader:
         text = leg.text("from", "")
         if channel is not Channel.EMAIL:
             return text, ""
-        name, address = parseaddr(text, strict=True)
-        return (address, name) if address else (text, "")
+        found = _MAILBOX.fullmatch(text.strip())
+        return (found[2], found[1].strip().strip('"')) if found is not None else (text, "")
 
     def _part(self, leg: _Fields, at: str, part: str) -> str | None:
         by_file = f"{part}_file"

@@ -336,6 +336,15 @@ def test_what_was_accepted_stays_so_when_it_is_ordered_again() -> None:
     assert isinstance(decide(state, 2, rules, NOON + 4 * MINUTE)[0], Defer)
 
 
+def test_an_old_word_does_not_move_a_message_that_was_sent_again_by_hand() -> None:
+    rules = (cap(1, DAY),)
+    state: RecipientState | None = admitted(decide(None, 1, rules, NOON, 0))
+    state = fold_outcome(state, run(1), EMAIL, 0, Outcome.UNKNOWN, NOON)
+    state = admitted(decide(state, 1, rules, NOON + 20 * 60 * MINUTE, 1))
+    assert fold_outcome(state, run(1), EMAIL, 0, Outcome.UNKNOWN, NOON) is state
+    assert isinstance(decide(state, 2, rules, NOON + DAY + MINUTE)[0], Defer)
+
+
 @pytest.mark.parametrize(
     ("channel", "category", "first", "refused"),
     [
