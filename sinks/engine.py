@@ -32,7 +32,7 @@ from schemas.errors import (
 from schemas.ids import RecipientId
 from schemas.message import Answer, Message, Provider, Verdict
 from schemas.pages import PAGE_SIZE, bitmap_from
-from schemas.reasons import Lane, Outcome, Reason, RunStatus
+from schemas.reasons import Lane, Outcome, Reason
 from schemas.records import (
     CampaignSpec,
     Route,
@@ -45,44 +45,42 @@ from sinks.ledger_desk import Ledger, LedgerDesk, Question
 from sinks.permits import Permits
 from transforms.decide import leg_of
 from transforms.delivery import (
+    LOOK_AGAIN,
+    Again,
     Collected,
     Next,
     RetryPolicy,
     SettleAction,
+    Told,
     Tries,
+    Turn,
     after_answer,
+    after_grant,
+    after_settled,
+    after_verdict,
+    settlement_of,
+    unsent,
 )
 from transforms.ledger import (
-    Action,
     Ask,
-    Claim,
-    Closed,
-    Held,
     LedgerRef,
     Owner,
     RecipientKey,
     Seen,
     Settled,
     SettledKind,
-    Settlement,
     VerdictKind,
     recipient_key,
     scopes_of,
 )
 from transforms.ledger import Verdict as LedgerVerdict
 from transforms.personalise import leg_context, message_to
-from transforms.shaping import Circuit, Grant
+from transforms.shaping import Grant
 
 log = logging.getLogger(__name__)
 
 BATCH = 32
 """Messages that are shaped, rendered and claimed together."""
-_ACTIONS = {
-    SettleAction.ACCEPTED: Action.ACCEPT,
-    SettleAction.RELEASE: Action.RELEASE,
-    SettleAction.CLOSE: Action.CLOSE,
-    SettleAction.HOLD: Action.HOLD,
-}
 _NO_ROUTE = "the leg's routes name no account of this deployment"
 _NO_RECIPIENT = RecipientKey(bytes(8))
 
@@ -448,44 +446,34 @@ class DeliveryEngine:
         except BaseException:
             account.permits.give(permits)
             raise
-        if grant.status is RunStatus.RUNNING:
-            line.parked = False
-            if grant.granted:
-                account.permits.give(permits - grant.granted)
-                self._put_back(batch, grant.granted)
-                self._ask(batch, account, grant)
-                return
-            account.permits.give(permits)
-            await self._wait_for_tokens(line, batch, grant)
+        send = work.send
+        routes = len(line.context.routes) if line.context is not None else 0
+        turn = after_grant(
+            grant, datetime.now(UTC), send.valid_until, send.deadline, batch.route, routes
+        )
+        line.parked = turn is Turn.PARK
+        if turn is Turn.SEND:
+            account.permits.give(permits - grant.granted)
+            self._put_back(batch, grant.granted)
+            self._ask(batch, account, grant)
             return
         account.permits.give(permits)
-        now = datetime.now(UTC)
-        ended = grant.status in (RunStatus.CANCELLED, RunStatus.EXPIRED)
-        if ended or now >= work.send.valid_until:
-            # No token is needed: the ledger refuses, and records why.
-            self._ask(batch, None, None)
-            return
-        self._put_back(batch, 0)
-        line.parked = True
-        await asyncio.sleep(0.2)
-
-    async def _wait_for_tokens(self, line: Line, batch: Batch, grant: Grant) -> None:
-        work = batch.work
-        routes = len(line.context.routes) if line.context is not None else 0
-        if grant.circuit is Circuit.OPEN and batch.route + 1 < routes:
-            for index in batch.indexes:
-                tries = work.tries.get(index, Tries())
-                work.tries[index] = Tries(batch.route + 1, 0, tries.total)
-            self._put_back(batch, 0)
-            return
-        now = datetime.now(UTC)
-        if now >= min(work.send.valid_until, work.send.deadline):
-            self._ask(batch, None, None)
-            return
-        self._put_back(batch, 0)
-        wait_s = max(0.001, grant.wait_ms / 1000) if grant.wait_ms else 0.2
-        line.parked = wait_s > 1
-        await asyncio.sleep(min(1.0, wait_s))
+        match turn:
+            case Turn.ASK:
+                self._ask(batch, None, None)
+            case Turn.NEXT_ROUTE:
+                for index in batch.indexes:
+                    tries = work.tries.get(index, Tries())
+                    work.tries[index] = Tries(batch.route + 1, 0, tries.total)
+                self._put_back(batch, 0)
+            case Turn.PARK:
+                self._put_back(batch, 0)
+                await asyncio.sleep(LOOK_AGAIN.total_seconds())
+            case Turn.WAIT:
+                self._put_back(batch, 0)
+                wait_s = max(0.001, grant.wait_ms / 1000) if grant.wait_ms else 0.2
+                line.parked = wait_s > 1
+                await asyncio.sleep(min(1.0, wait_s))
 
     @staticmethod
     def _put_back(batch: Batch, keep: int) -> None:
@@ -583,7 +571,9 @@ class DeliveryEngine:
         work = batch.work
         used = 0
         for index, message, verdict in zip(batch.indexes, messages, verdicts, strict=True):
-            if verdict.kind in (VerdictKind.CLAIMED, VerdictKind.REPEATED):
+            tries = work.tries.get(index, Tries())
+            then = after_verdict(verdict, tries, datetime.now(UTC), work.send.valid_until)
+            if then is None:
                 repeated = verdict.kind is VerdictKind.REPEATED
                 if message is not None and account is not None:
                     used += 1
@@ -597,7 +587,7 @@ class DeliveryEngine:
                 else:
                     self._release(work, index)
                 continue
-            self._refused(work, index, verdict)
+            self._follow(work, index, then, None)
         if account is not None and grant is not None and grant.granted > used:
             account.permits.give(grant.granted - used)
             self._put_tokens_back(account, grant, grant.granted - used)
@@ -613,24 +603,14 @@ class DeliveryEngine:
         self._requests.add(task)
         task.add_done_callback(self._request_ended)
 
-    def _refused(self, work: Work, index: int, verdict: LedgerVerdict) -> None:
-        """The ledger said no: what it says counts."""
-        matter = verdict.matter
-        match verdict.kind:
-            case VerdictKind.ACCEPTED:
-                self._complete(work, index, Outcome.ACCEPTED, Reason.LEDGER_ACCEPTED)
-            case VerdictKind.HELD if isinstance(matter, Held):
-                self._complete(work, index, Outcome.UNKNOWN, matter.reason, matter.provider)
-            case VerdictKind.CLOSED if isinstance(matter, Closed):
-                self._complete(
-                    work, index, matter.outcome, matter.reason, generation=matter.generation
-                )
-            case VerdictKind.STALE:
-                self._complete(work, index, Outcome.STALE, Reason.DECISION_TOO_OLD)
-            case VerdictKind.NOT_RUNNING if datetime.now(UTC) >= work.send.valid_until:
-                self._complete(work, index, Outcome.STALE, Reason.DECISION_TOO_OLD)
-            case _:
-                self._wait(work, index, timedelta(milliseconds=200))
+    def _follow(self, work: Work, index: int, then: Told | Again, answer: Answer | None) -> None:
+        """Tell the books what the ledger has, or wait for the next try."""
+        if isinstance(then, Again):
+            if then.tries != Tries():
+                work.tries[index] = then.tries
+            self._wait(work, index, then.wait)
+            return
+        self._complete(work, index, then, answer)
 
     def _close(self, work: Work, index: int, reason: Reason, detail: str) -> None:
         """A claimed message that can't be sent: the refusal is recorded like a provider's."""
@@ -640,11 +620,7 @@ class DeliveryEngine:
 
     def _release(self, work: Work, index: int) -> None:
         """Claimed though a refusal was expected: the run changed meanwhile. Look again soon."""
-        following = Next(
-            SettleAction.RELEASE,
-            wait=timedelta(milliseconds=200),
-            tries=work.tries.get(index, Tries()),
-        )
+        following = unsent(work.tries.get(index, Tries()))
         self._settle(work, index, following, Answer(Verdict.RETRYABLE, "not-sent"), "")
 
     async def _request(
@@ -682,56 +658,19 @@ class DeliveryEngine:
         self, work: Work, index: int, following: Next, answer: Answer, provider: str
     ) -> None:
         tries = work.tries.get(index, Tries())
-        action = _ACTIONS[following.action]
-        if action is Action.RELEASE and answer.verdict is Verdict.IN_DOUBT:
-            action = Action.DOUBT
-        settlement = Settlement(
-            ordinal=work.send.page * PAGE_SIZE + index,
-            generation=work.send.generation,
-            attempt=tries.total,
-            action=action,
-            outcome=following.outcome or Outcome.FAILED,
-            reason=following.reason or Reason.PROVIDER_REFUSED,
+        settlement = settlement_of(
+            work.send.page * PAGE_SIZE + index,
+            work.send.generation,
+            tries,
+            following,
+            answer.verdict,
         )
 
         def settled(result: Settled) -> None:
-            self._settled(work, index, following, answer, provider, result)
+            then = after_settled(result, following, tries, provider)
+            self._follow(work, index, then, answer if result.kind is SettledKind.DONE else None)
 
         work.desk.settle(settlement, settled)
-
-    def _settled(
-        self,
-        work: Work,
-        index: int,
-        following: Next,
-        answer: Answer,
-        provider: str,
-        result: Settled,
-    ) -> None:
-        """The ledger has it: now the outcome may be told, or the message waits for its next try."""
-        matter = result.matter
-        if result.kind is SettledKind.DONE:
-            if following.outcome is None:
-                work.tries[index] = following.tries
-                self._wait(work, index, following.wait or timedelta(0))
-                return
-            self._complete(
-                work,
-                index,
-                following.outcome,
-                following.reason or Reason.PROVIDER_REFUSED,
-                provider,
-                provider_id=answer.provider_message_id or "",
-                detail=answer.detail,
-            )
-        elif result.kind is SettledKind.ACCEPTED:
-            self._complete(work, index, Outcome.ACCEPTED, Reason.LEDGER_ACCEPTED, provider)
-        elif isinstance(matter, Held):
-            self._complete(work, index, Outcome.UNKNOWN, matter.reason, provider)
-        elif isinstance(matter, Closed):
-            self._complete(work, index, matter.outcome, matter.reason, generation=matter.generation)
-        elif isinstance(matter, Claim) or result.kind is SettledKind.NOTHING:
-            self._wait(work, index, timedelta(milliseconds=200))
 
     def _wait(self, work: Work, index: int, wait: timedelta) -> None:
         """Keep a message for its next try, but no longer than its decision is good for."""
@@ -742,35 +681,24 @@ class DeliveryEngine:
         work.wait(index, self._loop.time() + max(seconds, 0.001))
         work.line.news.set()
 
-    def _complete(
-        self,
-        work: Work,
-        index: int,
-        outcome: Outcome,
-        reason: Reason,
-        provider: str = "",
-        *,
-        generation: int | None = None,
-        provider_id: str = "",
-        detail: str = "",
-    ) -> None:
+    def _complete(self, work: Work, index: int, told: Told, answer: Answer | None) -> None:
         if self._keys[work.key].fenced:
             return
         tries = work.tries.pop(index, Tries())
         work.left -= 1
-        dead = self._recipient(work, index) if reason is Reason.ADDRESS_REFUSED else ""
-        self.counts[outcome.value] += 1
+        dead = self._recipient(work, index) if told.reason is Reason.ADDRESS_REFUSED else ""
+        self.counts[told.outcome.value] += 1
         self._outbox[work.key].append(
             Completion(
                 work,
                 index,
-                outcome,
-                reason,
-                work.send.generation if generation is None else generation,
-                provider,
-                provider_id,
-                tries.total + 1 if provider else tries.total,
-                detail,
+                told.outcome,
+                told.reason,
+                work.send.generation if told.generation is None else told.generation,
+                told.provider,
+                answer.provider_message_id or "" if answer is not None else "",
+                tries.total + 1 if told.provider else tries.total,
+                answer.detail if answer is not None else "",
                 datetime.now(UTC),
                 dead,
             )

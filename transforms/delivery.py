@@ -9,12 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import Enum
 
 from schemas.message import Answer, Verdict
-from schemas.reasons import Lane, Outcome, Reason
+from schemas.reasons import Lane, Outcome, Reason, RunStatus
 from schemas.records import ConsentChange, DeadLetter, Outcomes
+from transforms.ledger import Action, Closed, Held, Settled, SettledKind, Settlement, VerdictKind
+from transforms.ledger import Verdict as LedgerVerdict
+from transforms.shaping import Circuit, Grant
 
 
 class SettleAction(Enum):
@@ -71,6 +74,140 @@ class Next:
     reason: Reason | None = None
     wait: timedelta | None = None
     tries: Tries = Tries()
+
+
+class Turn(Enum):
+    """What a batch that asked for tokens does now."""
+
+    SEND = "send"
+    """Claim and send as many as were granted."""
+    ASK = "ask"
+    """Ask the ledger without a token: it refuses, and records why."""
+    NEXT_ROUTE = "next_route"
+    """The circuit is open: try the leg's next provider."""
+    WAIT = "wait"
+    """For tokens, as long as the grant says."""
+    PARK = "park"
+    """The run does not run: look again later."""
+
+
+def after_grant(
+    grant: Grant,
+    now: datetime,
+    valid_until: datetime,
+    deadline: datetime,
+    route: int,
+    routes: int,
+) -> Turn:
+    """What follows from the shared buckets' answer; ``route`` of ``routes`` was asked for."""
+    if grant.status is not RunStatus.RUNNING:
+        ended = grant.status in (RunStatus.CANCELLED, RunStatus.EXPIRED)
+        return Turn.ASK if ended or now >= valid_until else Turn.PARK
+    if grant.granted:
+        return Turn.SEND
+    if grant.circuit is Circuit.OPEN and route + 1 < routes:
+        return Turn.NEXT_ROUTE
+    return Turn.ASK if now >= min(valid_until, deadline) else Turn.WAIT
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The ledger has it, so the books may be told.
+
+    ``generation`` is that of the refusal that stands; None is the send's own.
+    """
+
+    outcome: Outcome
+    reason: Reason
+    provider: str = ""
+    generation: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Nothing is known to the books: ask for a claim again after ``wait``, with ``tries``."""
+
+    wait: timedelta
+    tries: Tries
+
+
+LOOK_AGAIN = timedelta(milliseconds=200)
+"""How soon the ledger is asked again where it said 'not now'."""
+
+
+def after_verdict(
+    verdict: LedgerVerdict, tries: Tries, now: datetime, valid_until: datetime
+) -> Told | Again | None:
+    """What follows from the ledger's word on a claim.
+
+    None: the claim is ours. Only then may the request leave, and it must be settled.
+    """
+    matter = verdict.matter
+    match verdict.kind:
+        case VerdictKind.CLAIMED | VerdictKind.REPEATED:
+            return None
+        case VerdictKind.ACCEPTED:
+            return Told(Outcome.ACCEPTED, Reason.LEDGER_ACCEPTED)
+        case VerdictKind.HELD if isinstance(matter, Held):
+            return Told(Outcome.UNKNOWN, matter.reason, matter.provider)
+        case VerdictKind.CLOSED if isinstance(matter, Closed):
+            return Told(matter.outcome, matter.reason, generation=matter.generation)
+        case VerdictKind.STALE:
+            return Told(Outcome.STALE, Reason.DECISION_TOO_OLD)
+        case VerdictKind.NOT_RUNNING if now >= valid_until:
+            return Told(Outcome.STALE, Reason.DECISION_TOO_OLD)
+        case _:
+            return Again(LOOK_AGAIN, tries)
+
+
+def unsent(tries: Tries) -> Next:
+    """Claimed though a refusal was expected, and no token is there: give back, look again soon."""
+    return Next(SettleAction.RELEASE, wait=LOOK_AGAIN, tries=tries)
+
+
+def settlement_of(
+    ordinal: int, generation: int, tries: Tries, following: Next, answer: Verdict
+) -> Settlement:
+    """What the ledger is told of a claimed message; ``tries`` are those of its claim."""
+    action = _ACTIONS[following.action]
+    if action is Action.RELEASE and answer is Verdict.IN_DOUBT:
+        action = Action.DOUBT
+    return Settlement(
+        ordinal=ordinal,
+        generation=generation,
+        attempt=tries.total,
+        action=action,
+        outcome=following.outcome or Outcome.FAILED,
+        reason=following.reason or Reason.PROVIDER_REFUSED,
+    )
+
+
+_ACTIONS = {
+    SettleAction.ACCEPTED: Action.ACCEPT,
+    SettleAction.RELEASE: Action.RELEASE,
+    SettleAction.CLOSE: Action.CLOSE,
+    SettleAction.HOLD: Action.HOLD,
+}
+
+
+def after_settled(result: Settled, following: Next, tries: Tries, provider: str) -> Told | Again:
+    """What follows from the ledger's word on a settlement: its word counts, not one's own."""
+    matter = result.matter
+    match result.kind:
+        case SettledKind.DONE if following.outcome is not None:
+            reason = following.reason or Reason.PROVIDER_REFUSED
+            return Told(following.outcome, reason, provider)
+        case SettledKind.DONE:
+            return Again(following.wait or timedelta(0), following.tries)
+        case SettledKind.ACCEPTED:
+            return Told(Outcome.ACCEPTED, Reason.LEDGER_ACCEPTED, provider)
+        case SettledKind.NOTHING:
+            return Again(LOOK_AGAIN, tries)
+    if isinstance(matter, Held):
+        return Told(Outcome.UNKNOWN, matter.reason, provider)
+    if isinstance(matter, Closed):
+        return Told(matter.outcome, matter.reason, generation=matter.generation)
+    return Again(LOOK_AGAIN, tries)
 
 
 def after_answer(
