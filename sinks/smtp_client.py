@@ -287,6 +287,10 @@ def _read_reply(lines: list[bytes]) -> SmtpReply:
     return SmtpReply(int(lines[-1][:3]), enhanced[1] if enhanced else None, text)
 
 
+_STEPS = ("mail", "rcpt", "data")
+_STEPS_AFTER_REFUSAL = ("rset", *_STEPS)
+
+
 class _SmtpWire(Wire):
     """A session: idle, in a command (opening), or in a message."""
 
@@ -306,7 +310,7 @@ class _SmtpWire(Wire):
         self._opening = True
         self._unasked: list[SmtpReply] = []
         self._answer: asyncio.Future[SmtpOutcome] | None = None
-        self._steps: list[str] = []
+        self._steps: tuple[str, ...] = _STEPS
         self._to_write: list[bytes] = []
         self._at = 0
         self._refused: SmtpOutcome | None = None
@@ -353,11 +357,10 @@ class _SmtpWire(Wire):
             mail += " SMTPUTF8"
         commands = [f"{mail}\r\n".encode(), f"RCPT TO:<{envelope.rcpt_to}>\r\n".encode(),
                     b"DATA\r\n"]  # fmt: skip
-        steps = ["mail", "rcpt", "data"]
+        self._steps = _STEPS
         if self._in_transaction:
             commands.insert(0, b"RSET\r\n")
-            steps.insert(0, "rset")
-        self._steps = steps
+            self._steps = _STEPS_AFTER_REFUSAL
         self._at = 0
         self._refused = None
         self._ending = False
@@ -393,7 +396,10 @@ class _SmtpWire(Wire):
                 return
             collected, self._lines = self._lines, []
             self._size = 0
-            self._on_reply(_read_reply(collected))
+            if self._answer is not None and not self._ending:
+                self._on_step(collected)
+            else:
+                self._on_reply(_read_reply(collected))
 
     def _on_reply(self, reply: SmtpReply) -> None:
         if self._command is not None:
@@ -405,24 +411,23 @@ class _SmtpWire(Wire):
                 self._unasked.append(reply)
             else:
                 self.bye()
-        elif self._ending:
-            self._on_end(reply)
         else:
-            self._on_step(reply)
+            self._on_end(reply)
 
-    def _on_step(self, reply: SmtpReply) -> None:
+    def _on_step(self, lines: list[bytes]) -> None:
         step = self._steps[self._at]
         self._at += 1
-        fine = reply.code == 354 if step == "data" else 200 <= reply.code < 300
+        last = lines[-1]
+        fine = last.startswith(b"354") if step == "data" else last.startswith(b"2")
         if not fine and self._refused is None:
-            self._refused = SmtpOutcome(step, reply)
-        if reply.code == 421:
+            self._refused = SmtpOutcome(step, _read_reply(lines))
+        if last.startswith(b"421"):
             self.usable = False
         elif step == "data" and fine and self._refused is not None:
             # RFC 2920, 3.1: it waits for a text that nobody may get. Hanging up ends that.
             self.usable = False
         if not self.usable or (self._refused is not None and self._to_write):
-            self._settle(self._refused or SmtpOutcome(step, reply))
+            self._settle(self._refused or SmtpOutcome(step, _read_reply(lines)))
         elif self._to_write:
             self.write(self._to_write.pop(0))
             self.busy_until(min(self._until, self.loop.time() + self._command_s))

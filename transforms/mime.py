@@ -155,8 +155,9 @@ _HEADER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9\-]{0,75}")
 _OWN_HEADERS = frozenset({
     "from", "sender", "reply-to", "to", "cc", "bcc", "subject", "date", "message-id",
     "mime-version", "received", "return-path", "dkim-signature", "list-unsubscribe",
-    "list-unsubscribe-post", "x-fanfare-send-id", "x-fanfare-run",
+    "list-unsubscribe-post",
 })  # fmt: skip
+_OWN_PREFIXES = ("content-", "x-fanfare-")
 
 
 def checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
@@ -168,7 +169,7 @@ def checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """
     for name, value in headers.items():
         low = name.lower()
-        if not _HEADER_NAME.fullmatch(name) or low in _OWN_HEADERS or low.startswith("content-"):
+        if not _HEADER_NAME.fullmatch(name) or low in _OWN_HEADERS or low.startswith(_OWN_PREFIXES):
             raise Unsendable("invalid-header", f"the header name {name[:40]!r} can't be used")
         if not value.isprintable() or len(value) > 900:
             raise Unsendable("invalid-header", f"the value of header {name} can't be used")

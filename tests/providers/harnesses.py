@@ -162,7 +162,9 @@ class SendGridHarness(Harness):
 
     def _answer(self, address: str) -> bytes:
         def errors(text: str, field: str | None) -> bytes:
-            return json.dumps({"errors": [{"message": text, "field": field, "help": None}]}).encode()
+            return json.dumps(
+                {"errors": [{"message": text, "field": field, "help": None}]}
+            ).encode()
 
         return {
             Does.ACCEPT: lambda: http_answer("202 Accepted", X_Message_Id="sg-1"),

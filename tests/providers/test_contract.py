@@ -186,7 +186,7 @@ def test_close_answers_what_is_in_flight_and_can_be_called_twice(run: Run, make:
     [
         Content("Gr\u00fc\u00dfe \U0001f984", "<p>\u00e9\u4e2d\U0001f984</p>\r\n.\r\n", None),
         Content("s" * 400, None, ".\n..\n" + "x" * 3000),
-        Content("tabs\tand \\ \"quotes\"", "<p>" + "y" * 200_000 + "</p>", "t"),
+        Content('tabs\tand \\ "quotes"', "<p>" + "y" * 200_000 + "</p>", "t"),
     ],
     ids=["emoji", "long lines and dots", "large"],
 )

@@ -35,9 +35,7 @@ def client(server: Server, **options: object) -> HttpClient:
     return HttpClient(f"{scheme}://localhost:{server.port}/api", **options)  # type: ignore[arg-type]
 
 
-async def post(
-    http: HttpClient, body: bytes = b"{}", deadline: timedelta = DEADLINE
-) -> HttpAnswer:
+async def post(http: HttpClient, body: bytes = b"{}", deadline: timedelta = DEADLINE) -> HttpAnswer:
     return await http.request(http.prepare("POST", "/send", {"X-Key": "k"}), body, deadline)
 
 

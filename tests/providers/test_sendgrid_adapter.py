@@ -23,6 +23,7 @@ def test_the_body_is_the_documented_one(run: Run) -> None:
                 4,
                 to_name='Jos\u00e9 "Pepe"\r\nBcc: x@evil.example',
                 headers={"X-Campaign": "spring"},
+                reference="12.345.6",
                 content=Content("Hi \u2028there", "<p>\u00e9</p>", "t\u00e9xt\n"),
             )
             await harness.provider.send(sent, DEADLINE)
@@ -39,6 +40,7 @@ def test_the_body_is_the_documented_one(run: Run) -> None:
                             ],
                             "custom_args": {
                                 "ff_send_id": sent.send_id,
+                                "ff_ref": "12.345.6",
                                 "ff_tenant": "acme",
                                 "ff_run": "spring-1",
                                 "ff_leg": "email",

@@ -33,7 +33,9 @@ def test_the_message_on_the_wire_is_the_one_that_was_meant(run: Run) -> None:
         script = ScriptedSmtp()
         async with Server(script) as server:
             smtp = adapter(server)
-            sent = message(4, headers={"X-Campaign": "spring"}, to_name="Jos\u00e9")
+            sent = message(
+                4, headers={"X-Campaign": "spring"}, to_name="Jos\u00e9", reference="12.345.6"
+            )
             answer = await smtp.send(sent, DEADLINE)
             assert (answer.verdict, answer.provider_message_id) == (Verdict.ACCEPTED, "Q123")
             (delivered,) = script.delivered
@@ -45,6 +47,9 @@ def test_the_message_on_the_wire_is_the_one_that_was_meant(run: Run) -> None:
             assert read["Reply-To"].addresses[0].addr_spec == "help@acme.example"
             assert read["Message-ID"] == f"<{sent.send_id}@acme.example>"
             assert read["X-Fanfare-Send-Id"] == sent.send_id
+            assert read["X-Fanfare-Ref"] == "12.345.6"
+            assert read["X-Fanfare-Tenant"] == "acme"
+            assert read["X-Fanfare-Leg"] == "email"
             assert read["X-Fanfare-Run"] == "spring-1"
             assert read["X-Campaign"] == "spring"
             assert read["List-Unsubscribe"] == f"<{sent.unsubscribe_url}>"
@@ -114,9 +119,7 @@ def test_a_message_larger_than_the_server_takes_is_refused_here(run: Run) -> Non
         ("end", 354, None, Verdict.RETRYABLE), ("rset", 500, None, Verdict.RETRYABLE),
     ],
 )  # fmt: skip
-def test_what_a_refusal_means(
-    step: str, code: int, enhanced: str | None, verdict: Verdict
-) -> None:
+def test_what_a_refusal_means(step: str, code: int, enhanced: str | None, verdict: Verdict) -> None:
     assert classify(SmtpOutcome(step, SmtpReply(code, enhanced, "text")))[0] is verdict
 
 

@@ -282,7 +282,9 @@ def test_extensions_are_read_and_used(run: Run) -> None:
 
             def make(extensions: Extensions) -> Envelope:
                 offered.append(extensions)
-                return Envelope("n@shop.example", "jos\u00e9@example.com", "\u00e9\r\n".encode(), True)
+                return Envelope(
+                    "n@shop.example", "jos\u00e9@example.com", "\u00e9\r\n".encode(), True
+                )
 
             assert (await smtp.send(make, DEADLINE)).accepted
             assert offered == [
@@ -306,7 +308,8 @@ def test_extensions_are_read_and_used(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["a@b.example>\r\nRCPT TO:<evil@x.example", "a b@x.example", "<a@x.example>", "a@", ""]
+    "address",
+    ["a@b.example>\r\nRCPT TO:<evil@x.example", "a b@x.example", "<a@x.example>", "a@", ""],
 )
 def test_addresses_cannot_carry_commands(run: Run, address: str) -> None:
     async def main() -> None:
@@ -448,9 +451,7 @@ def test_many_messages_over_few_sessions_all_arrive_once(run: Run) -> None:
         script = ScriptedSmtp({"RCPT": ["450 4.2.1 busy"] * 7})
         async with Server(script) as server:
             smtp = client(server, connections=5, messages_per_connection=20)
-            outcomes = await asyncio.gather(
-                *(send(smtp, f"p{n}@example.com") for n in range(300))
-            )
+            outcomes = await asyncio.gather(*(send(smtp, f"p{n}@example.com") for n in range(300)))
             taken = [f"RCPT TO:<p{n}@example.com>" for n, o in enumerate(outcomes) if o.accepted]
             assert len(taken) == 293
             assert sorted(d.rcpt for d in script.delivered) == sorted(taken)
