@@ -329,7 +329,8 @@ def test_an_unsubscribe_url_must_be_plain_https(url: str) -> None:
     [
         ("From", "x"), ("bcc", "x"), ("Content-Type", "x"), ("content-language", "x"), ("X A", "x"),
         ("X-A:", "x"), ("", "x"), ("X-A\r\nB", "x"), ("X-A", "x\r\nBcc: y"), ("X-A", "\0"),
-        ("X-\u00e9", "x"), ("X-A", "x" * 901), ("x-fanfare-ref", "x"), ("List-Unsubscribe", "x"), ("DKIM-Signature", "x"),
+        ("X-\u00e9", "x"), ("X-A", "x" * 901), ("x-fanfare-ref", "x"),
+        ("List-Unsubscribe", "x"), ("DKIM-Signature", "x"),
     ],
 )  # fmt: skip
 def test_headers_that_would_break_or_replace_ours_are_refused(name: str, value: str) -> None:
@@ -360,10 +361,6 @@ def test_a_plain_subject_stays_readable_and_long_ones_fold() -> None:
 
 def test_ids_must_be_ids() -> None:
     for changes in (
-        {"send_id": "x>\r\nBcc: y"},
-        {"reference": "1.2.3\r\nBcc: y"},
-        {"reference": "1"},
-    ):
         {"send_id": "x>\r\nBcc: y"},
         {"reference": "1.2.3\r\nBcc: y"},
         {"reference": "1"},
