@@ -103,7 +103,7 @@ class Tables(Protocol):
 
     def progress(
         self,
-        subtask: int,
+        writer: int,
         newest: Mapping[str, datetime],
         records: Mapping[str, int],
         buffered: int,
@@ -153,6 +153,7 @@ class IngestParts:
 class _Buffer:
     """What a key has in state: records ``head`` to ``tail``; the rest is of this process only."""
 
+    key: int
     head: int
     tail: int
     weight: int = 0
@@ -206,7 +207,6 @@ class IngestOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._tables = parts.tables()
         self._store = parts.store()
         self._gate = DeadLetterGate("ingest", parts.dead_letter_ratio, parts.dead_letter_window)
-        self._subtask = runtime_context.get_index_of_this_subtask()
         self._buffers: dict[int, _Buffer] = {}
         self._snapshots: dict[tuple[str, str], str] = {}
         self._first_seen: dict[str, datetime] = {}
@@ -256,7 +256,7 @@ class IngestOperator(KeyedProcessFunction):  # type: ignore[misc]
         if buffer is None:
             # First touch in this process: what a predecessor left is in the state.
             numbers = sorted(self._state.keys())
-            buffer = _Buffer(numbers[0], numbers[-1] + 1) if numbers else _Buffer(0, 0)
+            buffer = _Buffer(key, numbers[0], numbers[-1] + 1) if numbers else _Buffer(key, 0, 0)
             buffer.weight = buffer.count
             self._buffers[key] = buffer
         return buffer
@@ -416,7 +416,7 @@ class IngestOperator(KeyedProcessFunction):  # type: ignore[misc]
         newest = {**self._newest, **taken.newest}
         left = buffer.tail - taken.end + len(taken.postponed)
         if taken.newest:
-            self._tables.progress(self._subtask, newest, self._records + taken.records, left, now)
+            self._tables.progress(buffer.key, newest, self._records + taken.records, left, now)
         self._newest = newest
         self._records += taken.records
         self._gate.good(taken.good)

@@ -236,14 +236,14 @@ INGEST_PROGRESS = Table(
     "fanfare_ingest_progress",
     (
         ("job", "LowCardinality(String)"),
-        ("subtask", "UInt16"),
+        ("writer", "UInt32"),
         ("record", "LowCardinality(String)"),
         ("newest", _TIME),
         ("written_at", _TIME),
         ("records", "UInt64"),
         ("buffered", "UInt64"),
     ),
-    "ENGINE = ReplacingMergeTree(written_at)\nORDER BY (job, subtask, record)",
+    "ENGINE = ReplacingMergeTree(written_at)\nORDER BY (job, writer, record)",
     "How far ingestion is: the newest record of each kind written, when, and how many records "
     "were still buffered.",
 )

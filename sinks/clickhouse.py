@@ -410,7 +410,7 @@ def insert(client: Client, table: Table, rows: pa.Table) -> None:
 def write_progress(
     client: Client,
     job: str,
-    subtask: int,
+    writer: int,
     newest: dict[str, datetime],
     records: dict[str, int],
     buffered: int,
@@ -421,7 +421,7 @@ def write_progress(
     for record, moment in newest.items():
         columns.add(
             job=job,
-            subtask=subtask,
+            writer=writer,
             record=record,
             newest=to_millis(moment),
             written_at=to_millis(now),

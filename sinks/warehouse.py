@@ -53,7 +53,7 @@ class Warehouse:
 
     def progress(
         self,
-        subtask: int,
+        writer: int,
         newest: Mapping[str, datetime],
         records: Mapping[str, int],
         buffered: int,
@@ -62,7 +62,7 @@ class Warehouse:
         """Say how far ingestion is: newest time and number of records by name since the start."""
         try:
             write_progress(
-                self._connected(), JOB, subtask, dict(newest), dict(records), buffered, now
+                self._connected(), JOB, writer, dict(newest), dict(records), buffered, now
             )
         except Unavailable:
             self.close()
