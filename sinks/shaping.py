@@ -163,16 +163,20 @@ async def take_at(
     return Grant(granted, wait_ms, status_, circuit_, until_ms, named), now_us
 
 
-async def put_back(client: AsyncClient, n: int, grant: Grant) -> None:
+async def put_back(client: AsyncClient, n: int, grant: Grant) -> int:
     """Put ``n`` tokens of a grant back that no request used; where it is too late they are lost.
 
-    Raises ``Unavailable``; a repeat puts nothing back twice.
+    Answers into how many buckets. Raises ``Unavailable``; a repeat puts nothing back twice.
     """
     if not 0 <= n <= grant.granted:
         raise ValueError(f"{n} tokens can't be put back of {grant.granted} granted")
-    if n and grant.serials:
-        with unavailable("put tokens back"):
-            await _PUT_BACK.run_async(client, tuple(grant.serials), [n, *grant.serials.values()])
+    if n == 0 or not grant.serials:
+        return 0
+    with unavailable("put tokens back"):
+        done: int = await _PUT_BACK.run_async(
+            client, tuple(grant.serials), [n, *grant.serials.values()]
+        )
+    return done
 
 
 async def report(

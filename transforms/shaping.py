@@ -123,8 +123,9 @@ class Account:
     """What all who send through a provider's account share beside its buckets."""
 
     factor: float = 1.0
+    cut_us: int = 0
     changed_us: int = 0
-    """When ``factor`` was last changed, or the second began in which it may rise."""
+    """When ``factor`` was last lowered, and last changed at all."""
     blocked_us: int = 0
     """Nothing is granted before."""
     window_us: int = 0
@@ -199,9 +200,9 @@ def report(
     if retry_after_us is not None:
         blocked = max(account.blocked_us, now_us + retry_after_us)
         account = replace(account, blocked_us=blocked)
-        if now_us - account.changed_us >= SECOND_US or account.factor == 1.0:
+        if now_us - account.cut_us >= SECOND_US:
             cut = max(FACTOR_FLOOR, account.factor * CUT)
-            account = replace(account, factor=cut, changed_us=now_us)
+            account = replace(account, factor=cut, cut_us=now_us, changed_us=now_us)
     elif ok and account.factor < 1.0 and now_us - account.changed_us >= SECOND_US:
         raised = min(1.0, account.factor + RAISE_PER_SECOND)
         account = replace(account, factor=raised, changed_us=now_us)

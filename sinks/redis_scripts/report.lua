@@ -4,7 +4,7 @@
 redis.replicate_commands()
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
-local NAMES = {'factor', 'changed', 'blocked', 'window', 'ok', 'failed', 'until', 'half', 'probes',
+local NAMES = {'factor', 'cut', 'changed', 'blocked', 'window', 'ok', 'failed', 'until', 'half', 'probes',
   'good', 'cool'}
 local found = redis.call('HMGET', KEYS[1], unpack(NAMES))
 local a = {factor = 1, cool = COOL_US}
@@ -13,8 +13,8 @@ local ok, failed, retry_after = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(A
 
 if retry_after then
   a.blocked = math.max(a.blocked, now + retry_after)
-  if now - a.changed >= SECOND_US or a.factor == 1 then
-    a.factor, a.changed = math.max(FACTOR_FLOOR, a.factor * CUT), now
+  if now - a.cut >= SECOND_US then
+    a.factor, a.cut, a.changed = math.max(FACTOR_FLOOR, a.factor * CUT), now, now
   end
 elseif ok > 0 and a.factor < 1 and now - a.changed >= SECOND_US then
   a.factor, a.changed = math.min(1, a.factor + RAISE_PER_SECOND), now

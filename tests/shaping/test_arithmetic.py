@@ -249,6 +249,15 @@ def test_success_raises_the_rate_until_it_is_whole() -> None:
     assert report(account, 5, 0, None, LONG_AGO + 10 * SECOND_US).factor == 1.0
 
 
+def test_successes_between_do_not_put_a_cut_off() -> None:
+    account, factors = Account(), []
+    for tenth in range(200):
+        now = LONG_AGO + tenth * SECOND_US // 10
+        account = report(account, 5, 0, 0 if tenth % 10 == 2 else None, now)
+        factors.append(account.factor)
+    assert factors[-1] < 0.1, "a provider that throttles each second is asked less each second"
+
+
 # circuit breaker
 
 

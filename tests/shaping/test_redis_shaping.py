@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import hypothesis.strategies as st
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
+    invariant,
     rule,
     run_state_machine_as_test,
 )
@@ -29,6 +32,8 @@ from tests.ledger.server import RedisServer
 from transforms.shaping import (
     FAILURES,
     JITTER_US,
+    SECOND_US,
+    Account,
     Circuit,
     Limit,
     RunShape,
@@ -54,6 +59,25 @@ def publish(client: redis.Redis, version: int, status: RunStatus, rate: float | 
     return runs.publish(client, TENANT, RUN, version, status, rate, FAR)
 
 
+ACCOUNT = "fanfare:{fshape}:account:sendgrid/main"
+_TIMES = {
+    "cut": "cut_us",
+    "changed": "changed_us",
+    "blocked": "blocked_us",
+    "window": "window_us",
+    "until": "until_us",
+}
+_FIELDS = _TIMES | {
+    "factor": "factor",
+    "ok": "ok",
+    "failed": "failed",
+    "half": "half",
+    "probes": "probes",
+    "good": "good",
+    "cool": "cool_us",
+}
+
+
 class Histories(RuleBasedStateMachine):
     """Redis's clock can't be set: what a script answers says when it was, and the model follows."""
 
@@ -77,7 +101,7 @@ class Histories(RuleBasedStateMachine):
         self.client.close()
 
     @rule(
-        status=st.sampled_from([RunStatus.RUNNING, RunStatus.RUNNING, RunStatus.PAUSED]),
+        status=st.sampled_from([RunStatus.RUNNING] * 4 + [RunStatus.PAUSED]),
         step=st.integers(0, 2),
         rate=st.sampled_from([None, 3.0, 200.0, 0.5]),
     )
@@ -127,14 +151,14 @@ class Histories(RuleBasedStateMachine):
             return
         grant = self.grants[-1 if latest else 0]
         n = int(grant.granted * share)
-        self.loop.run_until_complete(shaping.put_back(self.aclient, n, grant))
-        if n:
-            self.model.put_back(n, {self.names[key]: at for key, at in grant.serials.items()})
+        theirs = self.loop.run_until_complete(shaping.put_back(self.aclient, n, grant))
+        serials = {self.names[key]: at for key, at in grant.serials.items()}
+        assert theirs == (self.model.put_back(n, serials) if n else 0)
 
     @rule(
-        ok=st.sampled_from([0, 1, 30]),
+        ok=st.sampled_from([0, 1, 2, 30]),
         failed=st.sampled_from([0, 0, 1, FAILURES]),
-        retry_ms=st.sampled_from([None, None, 0, 5]),
+        retry_ms=st.sampled_from([None, None, None, 0, 700]),
     )
     def report(self, ok: int, failed: int, retry_ms: int | None) -> None:
         after = None if retry_ms is None else timedelta(milliseconds=retry_ms)
@@ -147,22 +171,40 @@ class Histories(RuleBasedStateMachine):
         assert (theirs.circuit is Circuit.CLOSED) is (ours.until_us == 0)
         assert (theirs.circuit is Circuit.HALF_OPEN) is (ours.half and ours.until_us != 0)
 
-    @rule()
-    def cool_down(self) -> None:
-        """Let an open circuit's time be over, on both sides."""
+    @rule(seconds=st.sampled_from([0.5, 1.0, 5.0, 10.0]))
+    def time_passes(self, seconds: float) -> None:
+        """All times that either side keeps move into the past alike."""
+        us = int(seconds * SECOND_US)
         account = self.model.accounts.get("a")
-        if account and account.until_us:
-            from dataclasses import replace
+        if account:
+            older = {name: max(0, getattr(account, name) - us) for name in _TIMES.values()}
+            self.model.accounts["a"] = replace(account, **older)
+            for field, name in _TIMES.items():
+                if command(self.client, "HEXISTS", ACCOUNT, field):
+                    command(self.client, "HSET", ACCOUNT, field, older[name])
+        for name, bucket in self.model.buckets.items():
+            self.model.buckets[name] = replace(bucket, at_us=bucket.at_us - us)
+        for key in command(self.client, "KEYS", "fanfare:{fshape}:bucket:*"):
+            tokens, at_us, serial = struct.unpack(">ddd", command(self.client, "GET", key))
+            older_ = struct.pack(">ddd", tokens, at_us - us, serial)
+            command(self.client, "SET", key, older_)
 
-            self.model.accounts["a"] = replace(account, until_us=1)
-            command(self.client, "HSET", "fanfare:{fshape}:account:sendgrid/main", "until", 1)
+    @invariant()
+    def same_account(self) -> None:
+        ours = self.model.accounts.get("a", Account())
+        theirs: dict[bytes, bytes] = command(self.client, "HGETALL", ACCOUNT)
+        for field, name in _FIELDS.items():
+            found = theirs.get(field.encode())
+            if found is not None or getattr(ours, name) != getattr(Account(), name):
+                assert found is not None, field
+                assert float(found) == pytest.approx(float(getattr(ours, name))), field
 
 
 def test_redis_answers_as_the_model(shaping_redis: RedisServer) -> None:
     run_state_machine_as_test(
         type("RedisHistories", (Histories,), {"url": shaping_redis.url}),
         settings=settings(
-            max_examples=40,
+            max_examples=60,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
