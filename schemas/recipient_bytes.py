@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from schemas import codec
 from schemas.codec import from_millis, to_millis
-from schemas.errors import MalformedRecord
 from schemas.ids import LegId, RunId, Tenant
 from schemas.records import ConsentStatus
 from schemas.state import ConsentEntry, RecipientState, Reservation
@@ -22,6 +21,7 @@ from schemas.state import ConsentEntry, RecipientState, Reservation
 _HEADER = codec.header_of(RecipientState)
 _FIRST = len(_HEADER)
 _KEPT_PARTS = 8_192
+_KEPT_ENTRIES = 32_768
 
 
 class Word(NamedTuple):
@@ -94,13 +94,6 @@ def _read_string(data: bytes, at: int) -> tuple[str, int]:
 
 
 @lru_cache(maxsize=_KEPT_PARTS)
-def _names_of(raw: bytes) -> tuple[str, str]:
-    first, at = _read_string(raw, 0)
-    second, _ = _read_string(raw, at)
-    return first, second
-
-
-@lru_cache(maxsize=_KEPT_PARTS)
 def held(
     run: str,
     leg: str,
@@ -155,6 +148,21 @@ def _scope_of(raw: bytes) -> tuple[str, str, ConsentStatus]:
     return channel, topic, ConsentStatus(status)
 
 
+def _words_of(raw: bytes) -> tuple[Word, ...]:
+    """The words of an array whose count and names have one-byte lengths."""
+    words = []
+    at = 1
+    for _ in range(raw[0] >> 1):
+        begin = at
+        at += 1 + (raw[at] >> 1)
+        at += 1 + (raw[at] >> 1)
+        at += 1 + (raw[at] >> 1)
+        channel, topic, status = _scope_of(raw[begin:at])
+        at_ms, at = _read_long(raw, at)
+        words.append(Word(channel, topic, status, at_ms))
+    return tuple(words)
+
+
 def memory(tenant: str, words: tuple[Word, ...], reservations: tuple[Held, ...]) -> Memory:
     """A recipient's memory of these words and reservations."""
     return Memory(tenant, words, _head(tenant, words), reservations)
@@ -179,70 +187,90 @@ def read(data: bytes) -> Memory:
         return from_state(codec.decode(data, RecipientState))
     try:
         return _read(data)
-    except (IndexError, ValueError) as error:
-        raise MalformedRecord(
-            f"a RecipientState of {len(data)} bytes does not decode: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    except (_Unusual, IndexError, ValueError):
+        return from_state(codec.decode(data, RecipientState))
 
 
-def _skip_string(data: bytes, at: int) -> int:
-    size = data[at]
-    if size < 0x80:
-        return at + 1 + (size >> 1)
-    length, at = _read_long(data, at)
-    return at + length
+@lru_cache(maxsize=_KEPT_PARTS)
+def _names_of(raw: bytes) -> tuple[str, str]:
+    first, at = _read_string(raw, 0)
+    second, _ = _read_string(raw, at)
+    return first, second
+
+
+@lru_cache(maxsize=_KEPT_ENTRIES)
+def _held_of(raw: bytes) -> Held:
+    """The reservation of bytes whose names have one-byte lengths."""
+    at = 1 + (raw[0] >> 1)
+    at += 1 + (raw[at] >> 1)
+    run, leg = _names_of(raw[:at])
+    generation, at = _read_long(raw, at)
+    at_ms, at = _read_long(raw, at)
+    channel, category = _names_of(raw[at:-2])
+    return Held(run, leg, generation, at_ms, channel, category, raw[-2] == 1, raw[-1] == 1, raw)
+
+
+class _Unusual(Exception):
+    """Bytes that are right, perhaps, but not of the kind that is read fast: names of 64 bytes and
+    more, or more than 63 entries."""
 
 
 def _read(data: bytes) -> Memory:
-    at = _skip_string(data, _FIRST)
-    tenant = _tenant_of(data[_FIRST:at])
-    words: list[Word] = []
-    count, at = _read_long(data, at)
+    """Names and counts have one-byte lengths here: zig-zag, so below 64."""
+    size = data[_FIRST]
+    at = _FIRST + 1 + (size >> 1)
+    count = data[at]
+    if (size | count) & 0x81:
+        raise _Unusual
+    words: tuple[Word, ...] = ()
     if count:
-        for _ in range(count):
-            begin = at
-            at = _skip_string(data, _skip_string(data, _skip_string(data, at)))
-            scope = _scope_of(data[begin:at])
-            at_ms, at = _read_long(data, at)
-            words.append(Word(*scope, at_ms))
-        if data[at]:
-            raise ValueError("consents in more than one block")
+        begin = at
         at += 1
-    head = data[:at]
-    entries: list[Held] = []
-    count, at = _read_long(data, at)
-    if count:
-        for _ in range(count):
-            begin = at
-            at = _skip_string(data, _skip_string(data, at))
-            run, leg = _names_of(data[begin:at])
-            generation, at = _read_long(data, at)
-            at_ms, at = _read_long(data, at)
-            middle = at
-            at = _skip_string(data, _skip_string(data, at))
-            channel, category = _names_of(data[middle:at])
-            settled, refunded = data[at] == 1, data[at + 1] == 1
-            at += 2
-            entries.append(
-                Held(
-                    run,
-                    leg,
-                    generation,
-                    at_ms,
-                    channel,
-                    category,
-                    settled,
-                    refunded,
-                    data[begin:at],
-                )
-            )
+        for _ in range(count >> 1):
+            for _ in range(3):
+                size = data[at]
+                if size & 0x81:
+                    raise _Unusual
+                at += 1 + (size >> 1)
+            while data[at] > 0x7F:
+                at += 1
+            at += 1
         if data[at]:
-            raise ValueError("reservations in more than one block")
+            raise _Unusual
+        words = _words_of(data[begin:at])
+    at += 1
+    tenant, head = _tenant_of(data[_FIRST:at]), data[:at]
+    count = data[at]
+    if count & 0x81:
+        raise _Unusual
+    at += 1
+    entries: list[Held] = []
+    if count:
+        for _ in range(count >> 1):
+            begin = at
+            run = data[at]
+            at += 1 + (run >> 1)
+            leg = data[at]
+            at += 1 + (leg >> 1)
+            while data[at] > 0x7F:
+                at += 1
+            at += 1
+            while data[at] > 0x7F:
+                at += 1
+            at += 1
+            channel = data[at]
+            at += 1 + (channel >> 1)
+            category = data[at]
+            at += 3 + (category >> 1)
+            if (run | leg | channel | category) & 0x81:
+                raise _Unusual
+            entries.append(_held_of(data[begin:at]))
+        if data[at]:
+            raise _Unusual
         at += 1
     if at != len(data):
-        raise ValueError(f"it ends at byte {at}")
-    return Memory(tenant, tuple(words), head, tuple(entries))
+        raise _Unusual
+    return Memory(tenant, words, head, tuple(entries))
 
 
 def from_state(state: RecipientState) -> Memory:

@@ -307,6 +307,12 @@ def test_a_run_is_never_refused_by_its_own_older_reservation() -> None:
     assert fold_outcome(state, run(1), EMAIL, 0, Outcome.FAILED, NOON) is state
 
 
+def test_a_clock_that_goes_back_shortens_no_reservation() -> None:
+    state = admitted(decide(None, 1, (), NOON + 5 * MINUTE, 0))
+    state = admitted(decide(state, 1, (), NOON, 1))
+    assert [one.at for one in state.reservations] == [NOON + 15 * MINUTE]
+
+
 def test_the_other_leg_of_a_run_is_another_message() -> None:
     rules = (cap(1, DAY),)
     state = admitted(decide(None, 1, rules, NOON, at=EMAIL))
