@@ -410,7 +410,7 @@ class _SmtpWire(Wire):
             if self._opening:
                 self._unasked.append(reply)
             else:
-                self.bye()
+                self.abort()
         else:
             self._on_end(reply)
 
@@ -451,7 +451,13 @@ class _SmtpWire(Wire):
         self._settle(SmtpOutcome("end", reply))
 
     def eof_received(self) -> bool:
+        self.usable = False
         return False
+
+    def bye(self) -> None:
+        if self.usable and self._answer is None and not self._opening:
+            self.write(b"QUIT\r\n")
+        super().bye()
 
     def broken(self) -> None:
         self._fail("connection-lost")
@@ -484,7 +490,6 @@ class _SmtpWire(Wire):
         if not self.usable:
             self.transport.abort()
         elif self._messages_left <= 0:
-            self.write(b"QUIT\r\n")
             self.bye()
         self._pool.give(self)
         if answer.done():

@@ -335,6 +335,7 @@ def test_a_session_is_left_politely_after_its_share(run: Run) -> None:
             assert server.connections == 3
             await eventually(lambda: script.commands.count("QUIT") == 2)
             await smtp.close()
+            await eventually(lambda: script.commands.count("QUIT") == 3)
 
     run(main())
 
