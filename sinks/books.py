@@ -160,7 +160,8 @@ class RunFacts:
     coordinator: Coordinator
 
 
-def _utc(moment: datetime) -> datetime:
+def utc(moment: datetime) -> datetime:
+    """A moment as ClickHouse's clients give it (naive means UTC), aware."""
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
@@ -200,7 +201,7 @@ def run_facts(client: Client, tenant: str, run: str) -> RunFacts:
         snapshot=next((row[1] for row in rows if row[1]), ""),
         legs=tuple(next((row[2] for row in rows if row[2]), ())),
         shard_counts=tuple(counts.get(shard, 0) for shard in range(256)),
-        coordinator=Coordinator(status, _utc(at), int(pending), int(audience)),
+        coordinator=Coordinator(status, utc(at), int(pending), int(audience)),
     )
 
 
@@ -264,7 +265,7 @@ def lag(client: Client, now: datetime, behind: int | None) -> Lag:
     newest, buffered, found = rows[0]
     if not found:
         return Lag(None, None, 0, behind)
-    moment = _utc(newest)
+    moment = utc(newest)
     return Lag(moment, now - moment, int(buffered), behind)
 
 
@@ -294,7 +295,7 @@ def read_books(
     ).result_rows[0][0]
     found_lag = lag(client, now, behind)
     # The coordinator's count is of a moment: it can be compared once nothing was said after it.
-    settled = facts.coordinator.status == "completed" or _utc(newest_row) <= facts.coordinator.at
+    settled = facts.coordinator.status == "completed" or utc(newest_row) <= facts.coordinator.at
     engagement = _engagement(client, parameters)
     return Books(
         tenant=tenant,
