@@ -1,10 +1,10 @@
 """``RecipientState`` as the decision reads it: integers instead of times, bytes kept for reuse.
 
-Most of what decide costs on people with a history is reading and writing their state, and the
-general codec takes 25 µs for three reservations. The bytes are the same here (Avro single-object
-encoding of the current schema; ``tests/schemas`` compares the two on random states), but what stays
-as it is is copied and not written again, and names, which many people share, are kept by their
-bytes. Bytes of an older writer go through the general codec.
+Most of what decide costs on people with a history is reading and writing their state; the general
+codec takes 25 µs for three reservations. The bytes are the same here (Avro single-object encoding
+of the current schema; ``tests/schemas`` compares the two on random states), but what stays as it
+is is copied, and reservations are kept by their bytes, since those of a page share most of them.
+What was written by an older schema, or is unusual, goes through the general codec.
 """
 
 from __future__ import annotations

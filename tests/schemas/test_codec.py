@@ -179,6 +179,24 @@ def test_the_fast_way_to_state_bytes_is_the_codecs(state: RecipientState) -> Non
     assert recipient_bytes.write(recipient_bytes.from_state(state)) == data
 
 
+@pytest.mark.parametrize("size", [0, 62, 63, 64, 65, 200, 9_000])
+def test_the_fast_way_reads_long_names_and_many_entries(size: int) -> None:
+    """Lengths and counts take one byte below 64, then more."""
+    at = datetime(2026, 1, 3, tzinfo=UTC)
+    name = "n" * size
+    word = ConsentEntry("email", name, ConsentStatus.GRANTED, at)
+    held = Reservation(RunId("r"), LegId("email"), 1, at, "email", name, True, False)
+    few = min(size, 200)
+    for state in (
+        RecipientState(Tenant(name), (), ()),
+        RecipientState(Tenant("acme"), (word,), (held,)),
+        RecipientState(Tenant("acme"), (word,) * few, (held,) * few),
+    ):
+        data = codec.encode(state)
+        assert recipient_bytes.to_state(recipient_bytes.read(data)) == state
+        assert recipient_bytes.write(recipient_bytes.read(data)) == data
+
+
 @given(samples.record(RecipientState), st.data())
 @settings(max_examples=200, deadline=None)
 def test_the_fast_way_refuses_what_is_cut_or_longer(
