@@ -1,8 +1,9 @@
 """What a decision costs in Python, the engine's own work left out: ``python -m bench.decide``.
 
-Prints recipients a second of processor time over pages of 500, and microseconds a recipient, for people without a
-state, with three reservations each (shared by their page, or different in everybody), with consent
-words, with and without caps; and the folding of outcomes. Each is the best of three runs.
+Prints recipients a second of processor time over pages of 500, and microseconds a recipient, for
+people without a state, with three reservations each (shared by their page, of 360 kinds, or
+different in everybody), with consent words, with and without caps; and the folding of outcomes.
+Each is the best of three runs.
 """
 
 from __future__ import annotations
