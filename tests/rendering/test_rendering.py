@@ -102,6 +102,15 @@ def test_what_fails_says_where_and_never_who(template: str, said: str) -> None:
 
 
 BOMBS = [
+    "{% set x %}{% for a in range(1000) %}" + "static " * 1000 + "{% endfor %}{% endset %}",
+    "{% macro m() %}" + "static " * 1000 + "{% endmacro %}"
+    "{% for a in range(1000) %}{% set x = m() %}{% endfor %}",
+    "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(26) %}{% set n.x = [n.x, n.x] %}"
+    "{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+    "{% set n = namespace(x=(1,), y=(1,)) %}{% for i in range(26) %}{% set n.x = (n.x, n.x) %}"
+    "{% set n.y = (n.y, n.y) %}{% endfor %}{{ n.x == n.y }}",
+    "{% set n = namespace(x={}, y={}) %}{% for i in range(26) %}{% set n.x = {1: n.x, 2: n.x} %}"
+    "{% set n.y = {1: n.y, 2: n.y} %}{% endfor %}{{ n.x == n.y }}",
     "{% for a in range(1000) %}{% for b in range(1000) %}{% for c in range(1000) %}"
     "{% endfor %}{% endfor %}{% endfor %}",
     "{% for a in numbers %}{% for b in numbers %}{% for c in numbers %}{% set x = a %}"
