@@ -20,7 +20,9 @@ def environment(
     configuration = Configuration()
     configuration.set_string("python.execution-mode", "thread")
     configuration.set_string("python.metric.enabled", "false")
-    environment = StreamExecutionEnvironment.get_execution_environment(configuration)
+    # Given to get_execution_environment it would replace what the client set (python.executable).
+    environment = StreamExecutionEnvironment.get_execution_environment()
+    environment.configure(configuration)
     environment.set_parallelism(settings.parallelism)
     environment.set_max_parallelism(max_parallelism)
     environment.set_buffer_timeout(int(settings.buffer_timeout / _MILLISECOND))

@@ -6,6 +6,7 @@ can be started directly and a pid is the server's own.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -224,6 +225,9 @@ def process_environment(home: Home, tools: Tools) -> dict[str, str]:
         "FLINK_OPT_DIR": str(tools.pyflink / "opt"),
         "FLINK_PLUGINS_DIR": str(home.flink / "plugins"),
         "FLINK_LOG_DIR": str(home.logs),
+        # The interpreter inside a TaskManager finds its packages by the `python3` that is first on
+        # the path, whatever python.executable says: without this a virtual environment's are lost.
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))),
         # glibc's arenas otherwise grow with every thread that RocksDB starts.
         "MALLOC_ARENA_MAX": "2",
     }

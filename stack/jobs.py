@@ -34,7 +34,7 @@ JOBS: Mapping[str, JobEntry] = {
 def start_jobs(
     home: Home,
     progress: Callable[[str], None] = lambda line: None,
-    timeout: timedelta = timedelta(seconds=120),
+    timeout: timedelta = timedelta(seconds=60),
 ) -> dict[str, str]:
     """Create topics and tables, submit the jobs that don't run, wait until all do.
 
