@@ -297,6 +297,7 @@ class Endpoint:
         self._addresses: list[str] = []
         self._resolved_at = 0.0
         self._turn = 0
+        self._resolving = asyncio.Lock()
 
     async def dial(self, make: Callable[[], P], until: float) -> P:
         """Connect (and shake hands, when there is TLS) to one of the addresses.
@@ -334,19 +335,27 @@ class Endpoint:
             raise NotSent("connect-timeout", f"{self.host}:{self.port}") from None
 
     async def _resolve(self, loop: asyncio.AbstractEventLoop) -> list[str]:
-        now = loop.time()
-        if self._addresses and now - self._resolved_at < _RESOLVED_FOR_S:
+        if self._addresses and loop.time() - self._resolved_at < _RESOLVED_FOR_S:
             return self._addresses
+        async with self._resolving:  # hundreds of wires dial at once when a campaign begins
+            if self._addresses and loop.time() - self._resolved_at < _RESOLVED_FOR_S:
+                return self._addresses
+            return await self._look_up(loop)
+
+    async def _look_up(self, loop: asyncio.AbstractEventLoop) -> list[str]:
         try:
             found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except OSError:
+            if self._addresses:
+                self._resolved_at = loop.time()
+                return self._addresses
             raise NotSent("name-not-found", self.host) from None
         addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
         if not self._allow_private:
             addresses = [address for address in addresses if is_global(address)]
             if not addresses:
                 raise NotSent("address-not-allowed", f"{self.host} is no public address")
-        self._addresses, self._resolved_at = addresses, now
+        self._addresses, self._resolved_at = addresses, loop.time()
         return addresses
 
 

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from sinks.connections import NotSent, Pool, Wire
+from sinks.connections import Endpoint, NotSent, Pool, Wire
 from tests.providers.conftest import Run
 
 
@@ -82,5 +82,40 @@ def test_a_wire_that_died_on_its_way_to_a_waiter_is_replaced(run: Run) -> None:
         pool.give(wire)
         wire.usable = False
         assert await waiter is made[1]
+
+    run(main())
+
+
+def test_a_name_is_looked_up_once_for_all_and_outlives_its_server(
+    run: Run,
+) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        asked: list[str] = []
+        failing = False
+
+        async def look_up(host: str, port: int, **_: object) -> list[object]:
+            asked.append(host)
+            await asyncio.sleep(0.01)
+            if failing:
+                raise OSError
+            return [(0, 0, 0, "", ("127.0.0.1", port)), (0, 0, 0, "", ("10.0.0.1", port))]
+
+        class Loop:
+            time = loop.time
+            getaddrinfo = staticmethod(look_up)
+
+        endpoint = Endpoint("mail.example", 25, None, allow_private=True)
+        answers = await asyncio.gather(*(endpoint._resolve(Loop()) for _ in range(50)))  # type: ignore[arg-type]
+        assert answers == [["127.0.0.1", "10.0.0.1"]] * 50
+        assert asked == ["mail.example"]
+        failing = True
+        endpoint._resolved_at -= 3600
+        assert await endpoint._resolve(Loop()) == ["127.0.0.1", "10.0.0.1"]  # type: ignore[arg-type]
+        assert len(asked) == 2
+        strict = Endpoint("mail.example", 25, None, allow_private=False)
+        failing = False
+        with pytest.raises(NotSent, match="address-not-allowed"):
+            await strict._resolve(Loop())  # type: ignore[arg-type]
 
     run(main())
