@@ -31,7 +31,7 @@ from schemas.tables import (
 )
 from sinks.clickhouse import asking
 from sinks.warehouse import JOB
-from transforms.books import Conflict, Coordinator, Counts, Lag, Verdict, check
+from transforms.books import Conflict, Coordinator, Counts, Lag, Verdict, check, comparable
 
 # The highest weight decides: accepted anywhere, unknown anywhere, else generation, kind, rank;
 # as in transforms.books.class_of. 2 + 14 + 4 + 44 bits. The rank is also what merges go by, so
@@ -294,8 +294,7 @@ def read_books(
         parameters,
     ).result_rows[0][0]
     found_lag = lag(client, now, behind)
-    # The coordinator's count is of a moment: it can be compared once nothing was said after it.
-    settled = facts.coordinator.status == "completed" or utc(newest_row) <= facts.coordinator.at
+    must_agree = comparable(facts.coordinator, utc(newest_row), found_lag.caught_up)
     engagement = _engagement(client, parameters)
     return Books(
         tenant=tenant,
@@ -310,5 +309,5 @@ def read_books(
         dead_letters=_dead_letters(client, parameters),
         coordinator=facts.coordinator,
         lag=found_lag,
-        verdict=check(counts, facts.coordinator, bool(found_lag.caught_up) and settled),
+        verdict=check(counts, facts.coordinator, must_agree),
     )

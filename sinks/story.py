@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from clickhouse_connect.driver.client import Client
@@ -16,6 +16,10 @@ from schemas.tables import DEAD_LETTERS, ENGAGEMENT, STEPS, StepKind
 from sinks.books import RunFacts, utc
 from sinks.clickhouse import asking
 from transforms.books import Step, class_of
+
+
+_WEBHOOK = "webhook "
+_SECOND = timedelta(milliseconds=999)
 
 
 class PageIds(Protocol):
@@ -152,11 +156,11 @@ def read_story(
         )
     for leg, at, kind, reason, provider, own, url, event in events:
         found = {"provider": provider, "provider_id": own, "url": url, "event": event}
-        moments.append(Moment(utc(at), leg, f"webhook {kind}", reason, -1, _told(found)))
+        moments.append(Moment(utc(at), leg, f"{_WEBHOOK}{kind}", reason, -1, _told(found)))
     for leg, at, step_name, reason, generation, detail, letter in letters:
         found = {"step": step_name, "detail": detail, "letter": letter}
         moments.append(Moment(utc(at), leg, "dead letter", reason, int(generation), _told(found)))
-    moments.sort(key=lambda one: (one.at, one.generation, one.what))
+    moments.sort(key=_order)
     return Story(
         recipient=recipient,
         shard=shard,
@@ -165,6 +169,14 @@ def read_story(
         send_ids=ids,
         moments=tuple(moments),
     )
+
+
+def _order(one: Moment) -> tuple[datetime, int, int]:
+    if one.what.startswith(_WEBHOOK):
+        # Providers tell whole seconds: what led to an event comes before it.
+        return one.at + _SECOND, 0, 0
+    kinds = [kind.name.lower() for kind in StepKind]
+    return one.at, one.generation, kinds.index(one.what) if one.what in kinds else len(kinds)
 
 
 def _told(found: Mapping[str, str]) -> dict[str, str]:

@@ -184,14 +184,30 @@ def count(steps: Iterable[Step], shard_counts: Sequence[int], legs: Sequence[str
     )
 
 
-def check(counts: Counts, coordinator: Coordinator | None, comparable: bool) -> Verdict:
+FOLDING_TIME = timedelta(minutes=1)
+"""What a decision or an outcome may take until the coordinator has heard of it."""
+
+
+def comparable(coordinator: Coordinator, newest_step: datetime, caught_up: bool | None) -> bool:
+    """Whether the coordinator's count and that of the rows must agree.
+
+    Its count is of a moment, and it hears of an outcome a little later than the outcome's own
+    time. So they must agree when ClickHouse has all that Kafka has, and either the coordinator
+    says that nothing is pending (then everything final was in Kafka before), or it counted long
+    after the newest row.
+    """
+    if not caught_up:
+        return False
+    return coordinator.pending == 0 or newest_step + FOLDING_TIME <= coordinator.at
+
+
+def check(counts: Counts, coordinator: Coordinator | None, must_agree: bool) -> Verdict:
     """Whether the books balance.
 
     Args:
         counts: what was counted.
         coordinator: the coordinator's own count, if it was ever heard.
-        comparable: ClickHouse has caught up and nothing was said after the coordinator's count,
-            so that the two must agree.
+        must_agree: the two counts can be compared (see ``comparable``).
     """
     errors: list[str] = []
     counted = sum(counts.classes.values()) + counts.pending
@@ -210,7 +226,7 @@ def check(counts: Counts, coordinator: Coordinator | None, comparable: bool) -> 
             for one in counts.conflict_examples[:3]
         )
         errors.append(f"{counts.conflicts:,} times two final classes in one generation ({shown})")
-    if comparable and coordinator is not None and coordinator.pending != counts.pending:
+    if must_agree and coordinator is not None and coordinator.pending != counts.pending:
         errors.append(
             f"pending is {counts.pending:,} by rows and {coordinator.pending:,} by the coordinator"
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.tables import FINAL_KINDS, StepKind
-from transforms.books import PENDING, Coordinator, Counts, Step, check, class_of, count
+from transforms.books import PENDING, Coordinator, Counts, Step, check, class_of, comparable, count
 
 LEGS = ("email", "sms")
 SHARDS = [3, 0, 2]
@@ -39,7 +39,7 @@ def test_books_balance_for_any_sequence(said: list[Step]) -> None:
     counts = count(said, SHARDS, LEGS)
     assert counts.audience == 10
     assert sum(counts.classes.values()) + counts.pending == counts.audience
-    assert check(counts, None, comparable=False).balanced == (counts.conflicts == 0)
+    assert check(counts, None, must_agree=False).balanced == (counts.conflicts == 0)
 
 
 @given(st.lists(steps, max_size=30), st.randoms(use_true_random=False))
@@ -77,7 +77,7 @@ def test_what_contradicts_is_shown() -> None:
         step(1, StepKind.FAILED),
         Step("email", 0, 7, 0, StepKind.SKIPPED, "holdout"),
     ]
-    verdict = check(count(said, [2], ["email"]), None, comparable=False)
+    verdict = check(count(said, [2], ["email"]), None, must_agree=False)
     assert not verdict.balanced
     assert [error.split(" ")[0] for error in verdict.errors] == ["the", "1", "1"]
     assert "accepted and failed" in verdict.errors[2]
@@ -86,5 +86,16 @@ def test_what_contradicts_is_shown() -> None:
 def test_the_coordinator_must_agree_once_it_can() -> None:
     counts = Counts(audience=2, classes={}, pending=2, strangers=0, conflicts=0)
     other = Coordinator("running", datetime(2026, 1, 1, tzinfo=UTC), pending=1, audience=2)
-    assert check(counts, other, comparable=False).balanced
-    assert "2 by rows and 1 by the coordinator" in check(counts, other, comparable=True).errors[0]
+    assert check(counts, other, must_agree=False).balanced
+    assert "2 by rows and 1 by the coordinator" in check(counts, other, must_agree=True).errors[0]
+
+
+def test_counts_of_different_moments_are_not_compared() -> None:
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    counted = Coordinator("running", at, pending=1, audience=2)
+    assert not comparable(counted, at - timedelta(seconds=59), caught_up=True)
+    assert comparable(counted, at - timedelta(seconds=60), caught_up=True)
+    assert not comparable(counted, at - timedelta(days=1), caught_up=False)
+    assert not comparable(counted, at - timedelta(days=1), caught_up=None)
+    done = replace(counted, pending=0)
+    assert comparable(done, at + timedelta(days=1), caught_up=True)

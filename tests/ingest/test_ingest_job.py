@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ import pytest
 from clickhouse_connect.driver.client import Client
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient, NewTopic
+from typer.testing import CliRunner, Result
 
 from pipelines.audience import AudienceRequest, build_audience
 from schemas import topics
@@ -38,6 +40,7 @@ from sinks.books import read_books
 from sinks.clickhouse import connect, create_tables
 from sinks.store import FileStore, Snapshot
 from stack import flink_jobs
+from stack.cli_books import app
 from stack.layout import PROJECT_ROOT, Home, endpoints, processes
 from stack.profiles import generate
 from tests.stack_fixture import eventually
@@ -116,7 +119,7 @@ def launched(world: World, audience: Snapshot) -> RunEvent:
     counts = tuple(audience.manifest.shard_size(shard) for shard in range(256))
     return RunEvent(
         event_id="launch", tenant=world.tenant, run=RUN, campaign="spring", version=1,
-        status=RunStatus.RUNNING, at=datetime.now(UTC), command_id="c",
+        status=RunStatus.RUNNING, at=datetime.now(UTC) - timedelta(seconds=5), command_id="c",
         command=CommandKind.LAUNCH, by="me", accepted=True, note="", spec=ObjectId("a" * 64),
         snapshot=SnapshotId(audience.id), audience=sum(counts), legs=("email",),
         pending=sum(counts), ordered=0, open=0, deferred=0, shard_counts=counts,
@@ -244,6 +247,34 @@ def test_everything_arrives_exactly_once(world: World, tmp_path: Path) -> None:
         parameters={"t": world.tenant},
     ).result_rows
     assert hourly == [(sum(wanted["engagement"].values()),)]
+    check_command(world, audience, shards[0])
+
+
+def check_command(world: World, audience: Snapshot, shard: int) -> None:
+    """`fanfare books` says the same, knows that all is taken in, and tells a story."""
+    arguments = [RUN, "--tenant", world.tenant, "--home", str(world.home.root)]
+
+    def fanfare_books(*more: str) -> Result:
+        return CliRunner().invoke(app, [*arguments, *more])
+
+    def caught_up() -> bool:
+        done = fanfare_books("--json")
+        assert done.exit_code in (0, 1), done.output
+        return bool(json.loads(done.stdout)["lag"]["caught_up"])
+
+    eventually(caught_up, what="the lag is zero")
+    # The launch's own count of pending is older than the rows: nothing to compare, no error.
+    done = fanfare_books()
+    assert done.exit_code == 0, done.output
+    assert "The books balance." in done.stdout
+    recipient = audience.read_index(shard, 0).recipient_ids[1]
+    story = json.loads(fanfare_books("--json", "--recipient", recipient).stdout)
+    assert [one["what"] for one in story["moments"]] == ["send", "accepted", "webhook bounced"]
+    assert story["moments"][1]["detail"]["provider_id"] == f"{shard}-1"
+    assert story["classes"] == {"email": {"class": "accepted", "reason": "provider_accepted"}}
+    assert "bounced" in fanfare_books("--recipient", recipient).stdout
+    nobody = fanfare_books("--recipient", "nobody")
+    assert (nobody.exit_code, "is not in the run's snapshot" in nobody.output) == (2, True)
 
 
 def test_nothing_is_lost_while_clickhouse_is_away(world: World, tmp_path: Path) -> None:
