@@ -17,7 +17,6 @@ from sinks.books import RunFacts, utc
 from sinks.clickhouse import asking
 from transforms.books import Step, class_of
 
-
 _WEBHOOK = "webhook "
 _SECOND = timedelta(milliseconds=999)
 
