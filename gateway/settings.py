@@ -48,7 +48,8 @@ class GatewaySettings(BaseSettings):
                 found[tenant] = tuple(read_key(key) for key in keys)
             except InvalidInput as error:
                 raise InvalidInput(
-                    f"{PREFIX}WEBHOOK_KEYS or _PUBLIC_KEY, tenant {tenant!r}: {error}"
+                    f"{PREFIX}WEBHOOK_KEYS or {PREFIX}WEBHOOK_PUBLIC_KEY, "
+                    f"tenant {tenant!r}: {error}"
                 ) from error
         return found
 
