@@ -9,6 +9,7 @@ RUNTIME = [
     "redis==5.3.1",  # client of the ledger and the buckets; Beam pins it below 6
     "hiredis==3.5.0",  # C parser for redis
     "clickhouse-connect==1.12.0",  # client of ClickHouse
+    "aiohttp==3.14.5",  # what its asynchronous client stands on
     "fastavro==1.13.1",  # Avro
     "pyarrow==16.1.0",  # Parquet and CSV columns; within PyFlink's pins
     "jinja2==3.1.6",  # templates
@@ -19,6 +20,9 @@ RUNTIME = [
     "uvicorn==0.54.0",  # HTTP server
     "python-multipart==0.0.32",  # form bodies of one-click unsubscribes
     "cryptography==50.0.2",  # webhook signatures
+    "idna==3.20",  # internationalised domains of addresses
+    "backports.zstd==1.8.0",  # compression of snapshot pages: part of a snapshot's name
+    "numpy==2.1.3",  # columns of generated profiles and page indexes
     "pydantic==2.14.3",  # validation of campaign files
     "pydantic-settings==2.16.3",  # settings from the environment
     "ruamel.yaml==0.19.1",  # campaign files with line numbers
@@ -59,6 +63,7 @@ setup(
         "jobs",
         "gateway",
         "stack",
+        "stack.clickhouse_http",
         "stack.simulator",
         "bench",
     ],

@@ -28,6 +28,15 @@ appender.console.layout.type = PatternLayout
 appender.console.layout.pattern = %d{yyyy-MM-dd HH:mm:ss,SSS} %-5p %-50c{1.} - %m%n
 logger.netty.name = org.jboss.netty.channel.DefaultChannelPipeline
 logger.netty.level = OFF
+# Kafka's sink re-registers its gauges at each checkpoint and says so each time.
+logger.metrics.name = org.apache.flink.metrics.MetricGroup
+logger.metrics.level = ERROR
+logger.producer.name = org.apache.flink.kafka.shaded.org.apache.kafka.clients.producer
+logger.producer.level = WARN
+logger.appinfo.name = org.apache.flink.kafka.shaded.org.apache.kafka.common.utils.AppInfoParser
+logger.appinfo.level = ERROR
+logger.kafkametrics.name = org.apache.flink.kafka.shaded.org.apache.kafka.common
+logger.kafkametrics.level = WARN
 """
 """Everything to standard output, which is the process's one log file."""
 
