@@ -150,8 +150,7 @@ class Script:
             try:
                 return pipe.execute()
             except NoScriptError:
-                # One whole text teaches the server the hash for all that follow.
-                command(client, "SCRIPT LOAD", self.text)
+                continue  # none was run: all have the same hash
         raise AssertionError("EVAL does not answer NOSCRIPT")
 
 

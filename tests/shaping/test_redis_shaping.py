@@ -309,3 +309,49 @@ def test_unreachable_is_unavailable(shaping_redis: RedisServer) -> None:
         await aclient.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(go())
+
+
+def test_throttled_failing_and_probed_account(
+    client: redis.Redis, shaping_redis: RedisServer
+) -> None:
+    """The rare path whole: random histories seldom walk it to its end."""
+
+    async def go() -> None:
+        aclient = connect_async(shaping_redis.url)
+
+        async def take(n: int = 9) -> shaping.Grant:
+            return await shaping.take(aclient, n, Lane.CRITICAL, ROUTE, Limits(), TENANT, None)
+
+        async def told(ok: int = 0, failed: int = 0) -> Circuit:
+            return (await shaping.report(aclient, ROUTE, ok, failed)).circuit
+
+        assert (await take()).granted == 9
+        throttled = await shaping.report(aclient, ROUTE, retry_after=timedelta(seconds=30))
+        assert throttled.factor == pytest.approx(0.7)
+        blocked = await take()
+        assert (blocked.granted, blocked.circuit) == (0, Circuit.CLOSED)
+        assert 29_000 < blocked.wait_ms <= 30_000
+        command(client, "HSET", ACCOUNT, "blocked", 1)
+
+        assert await told(failed=FAILURES - 1) is Circuit.CLOSED
+        assert await told(failed=1) is Circuit.OPEN
+        for wait_ms, failed in ((5_000, 1), (10_000, 1), (20_000, 0)):
+            opened = await take()
+            assert (opened.granted, opened.circuit) == (0, Circuit.OPEN)
+            assert wait_ms - 1000 < opened.wait_ms <= wait_ms
+            assert await told(ok=50) is Circuit.OPEN, "answers from before say nothing"
+            command(client, "HSET", ACCOUNT, "until", 1)
+            probes = [await take(3), await take(3), await take(3)]
+            assert [each.granted for each in probes] == [3, 2, 0]
+            assert {each.circuit for each in probes} == {Circuit.HALF_OPEN}
+            assert await told(ok=1) is Circuit.HALF_OPEN
+            assert await told(ok=1, failed=failed) is (
+                Circuit.OPEN if failed else Circuit.HALF_OPEN
+            )
+        assert await told(ok=1) is Circuit.CLOSED
+        assert (await take()).granted == 9
+        assert await told(failed=FAILURES) is Circuit.OPEN
+        assert (await take()).wait_ms <= 5_000, "and it cools as briefly as at first"
+        await aclient.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(go())
