@@ -212,9 +212,8 @@ def report(
             cool = min(COOL_MOST_US, account.cool_us * 2)
             return replace(account, half=False, probes=0, cool_us=cool, until_us=now_us + cool)
         if account.half and account.good + ok >= PROBES_GOOD:
-            return replace(
-                account, half=False, until_us=0, cool_us=COOL_US, window_us=now_us, ok=0, failed=0
-            )
+            account = replace(account, half=False, good=0, until_us=0, cool_us=COOL_US)
+            return replace(account, window_us=now_us, ok=0, failed=0)
         return replace(account, good=account.good + ok) if account.half else account
     if now_us - account.window_us >= WINDOW_US:
         account = replace(account, window_us=now_us, ok=0, failed=0)

@@ -27,7 +27,8 @@ if a['until'] ~= 0 then
   elseif a.half == 1 then
     a.good = a.good + ok
     if a.good >= PROBES_GOOD then
-      a.half, a['until'], a.cool, a.window, a.ok, a.failed = 0, 0, COOL_US, now, 0, 0
+      a.half, a.good, a['until'], a.cool = 0, 0, 0, COOL_US
+      a.window, a.ok, a.failed = now, 0, 0
     end
   end
 else
