@@ -6,9 +6,10 @@ status to publish, a ledger to create. It has no clock, no client and no engine;
 steps, saves and emits.
 
 Three counts part a leg's recipients that have no final outcome: *unordered* (in pages behind the
-cursor), *open* (in orders, unresolved) and *deferred*. Their sum is *pending*; when it is zero in a
-running run, the run is completed. An outcome counts if its generation is that of the order which
-holds the ordinal; ``accepted`` and ``unknown`` always count. Folding twice changes nothing.
+cursor), *open* (in orders or closings, unresolved) and *deferred*. Their sum is *pending*; when it
+is zero in a running run, the run is completed. An outcome counts if its generation is that of the
+order which holds the ordinal; ``accepted`` and ``unknown`` always count. Folding twice changes
+nothing.
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ class RunMemory:
 
     @property
     def unordered(self) -> int:
-        """Recipients in pages never ordered; none in a run that closed."""
-        if self.run is None or self.run.status.terminal:
+        """Recipients in pages never ordered."""
+        if self.run is None:
             return 0
         return sum(leg.unordered for leg in self.run.legs)
 
@@ -143,9 +144,7 @@ class RunMemory:
 
     @property
     def deferred(self) -> int:
-        """Recipients waiting to be decided again; none in a run that closed."""
-        if self.run is None or self.run.status.terminal:
-            return 0
+        """Recipients waiting to be decided again."""
         return sum(self.deferred_by_leg.values())
 
     @property
@@ -384,7 +383,10 @@ class Coordinator:
 
     def _look_at(self, moment: datetime | None) -> None:
         look = self.memory.next_look
-        if moment is not None and look is not None and moment < look:
+        if moment is not None and self._run.status.terminal:
+            # What is put off in a closed run is closed now, not when it would have been due.
+            self.memory.next_look = None
+        elif moment is not None and look is not None and moment < look:
             self.memory.next_look = moment
 
     def _defer(self, key: PageKey, page: PageState, bits: int, wake: datetime) -> None:
@@ -478,8 +480,7 @@ class Coordinator:
     ) -> None:
         """Give an order of the page's next generation."""
         run = self._run
-        ordered_before = page.generation > 0 or key in self.memory.pages or self._passed(key)
-        generation = page.generation + 1 if ordered_before else 0
+        generation = self._generation_after(key, page)
         order = OpenOrder(generation, bitmap_bytes(bits), now, heard=False)
         self.memory.put(key, replace(page, generation=generation, orders=(*page.orders, order)))
         self._look_at(now + self.silence)
@@ -498,6 +499,10 @@ class Coordinator:
                 now,
             )
         )
+
+    def _generation_after(self, key: PageKey, page: PageState) -> int:
+        ordered_before = page.generation > 0 or key in self.memory.pages or self._passed(key)
+        return page.generation + 1 if ordered_before else 0
 
     def _passed(self, key: PageKey) -> bool:
         """Whether the cursor is behind this page: it was ordered at least once."""
@@ -539,8 +544,11 @@ class Coordinator:
         return leg
 
     def _close(self, now: datetime, effects: Effects) -> None:
-        """Close what is deferred or unordered; what is open closes by delivery's outcome."""
-        budget = self.policy.closings_per_step
+        """Close what is deferred or unordered; what is open closes by delivery's outcome.
+
+        A closing is an order that coordinate answers itself: it is open until it comes back as an
+        outcome. One that was lost with its transaction is silent, and is given again.
+        """
         look = self.memory.next_look
         if look is None or now >= look:
             for key in list(self.memory.pages):
@@ -557,22 +565,24 @@ class Coordinator:
                     bits |= bitmap_from(order.unresolved)
                 if bits:
                     kept = tuple(one for one in page.orders if one not in silent)
-                    closed = PageState(page.generation + 1, kept, ())
-                    self.memory.put(key, closed)
-                    self._closing(key, bits, closed.generation, now, effects)
+                    self._closing(key, PageState(page.generation, kept, ()), bits, now, effects)
             self.memory.next_look = now + timedelta(seconds=30)
+        budget = self.policy.closings_per_step
         for position, leg in enumerate(self._run.legs):
             for key, size in self._walk(leg):
                 if budget <= 0:
                     return
                 budget -= 1
-                self._closing(key, full_bitmap(size), 0, now, effects)
+                self._closing(key, self._page(key), full_bitmap(size), now, effects)
                 self._step_past(position, key, size)
 
     def _closing(
-        self, key: PageKey, bits: int, generation: int, now: datetime, effects: Effects
+        self, key: PageKey, page: PageState, bits: int, now: datetime, effects: Effects
     ) -> None:
         run = self._run
+        generation = self._generation_after(key, page)
+        order = OpenOrder(generation, bitmap_bytes(bits), now, heard=False)
+        self.memory.put(key, replace(page, generation=generation, orders=(*page.orders, order)))
         cancelled = run.status is RunStatus.CANCELLED
         group = OutcomeGroup(
             outcome=Outcome.CANCELLED if cancelled else Outcome.EXPIRED,
@@ -581,9 +591,9 @@ class Coordinator:
             generation=generation,
             indexes=tuple(indexes_of(bits)),
         )
-        leg, shard, page = key
+        leg, shard, number = key
         effects.closings.append(
-            Outcomes(run.tenant, run.run, leg, run.snapshot, shard, page, now, (group,))
+            Outcomes(run.tenant, run.run, leg, run.snapshot, shard, number, now, (group,))
         )
 
     @property
@@ -603,11 +613,11 @@ class Coordinator:
     def _progress(self, now: datetime, effects: Effects) -> None:
         counts = (*self._counts(), self._run.version)
         last = self.memory.last_progress
-        if last is not None and (
-            last[1] == counts or now - last[0] < self.policy.progress_interval
-        ):
-            return
-        self.memory.last_progress = (now, counts)
+        if last is not None:
+            # The last word on a closed run must be that nothing is pending.
+            over = counts[0] == 0 and last[1][0] > 0
+            if last[1] == counts or (now - last[0] < self.policy.progress_interval and not over):
+                return
         self._tell(effects, now, None, "")
 
     def _tell(
@@ -621,6 +631,7 @@ class Coordinator:
     ) -> None:
         run = self._run
         pending, unordered, opened, deferred = self._counts()
+        self.memory.last_progress = (now, (pending, unordered, opened, deferred, run.version))
         audience = sum(run.shard_counts) * len(run.legs)
         name = run_key(run.tenant, run.run)
         effects.events.append(
