@@ -73,12 +73,12 @@ FULL JOIN (
 ) AS counted USING (leg, shard)"""  # noqa: S608
 
 _CONFLICTS = f"""
-SELECT leg, shard, ordinal, generation, arraySort(groupUniqArray(toString(kind))) AS kinds,
-    count() OVER () AS found
+SELECT leg, shard, ordinal, generation,
+    groupBitOr(bitShiftLeft(toUInt16(1), toUInt8(kind))) AS kinds, count() OVER () AS found
 FROM {STEPS.name}
 WHERE {_OF_RUN} AND kind IN ({_EXCLUSIVE})
 GROUP BY tenant, run, leg, shard, ordinal, generation
-HAVING min(kind) != max(kind)
+HAVING bitCount(kinds) > 1
 ORDER BY leg, shard, ordinal, generation LIMIT 10"""  # noqa: S608
 
 _STRANGERS = f"""
@@ -228,10 +228,14 @@ def count(client: Client, tenant: str, run: str, facts: RunFacts) -> Counts:
         strangers=int(strangers[0][0]),
         conflicts=int(conflicts[0][5]) if conflicts else 0,
         conflict_examples=tuple(
-            Conflict(leg, int(shard), int(ordinal), int(generation), tuple(kinds))
+            Conflict(leg, int(shard), int(ordinal), int(generation), _names(int(kinds)))
             for leg, shard, ordinal, generation, kinds, _ in conflicts
         ),
     )
+
+
+def _names(kinds: int) -> tuple[str, ...]:
+    return tuple(sorted(kind.name.lower() for kind in StepKind if kinds >> kind.value & 1))
 
 
 def _engagement(client: Client, parameters: Mapping[str, str]) -> dict[str, int]:
