@@ -112,9 +112,12 @@ def places() -> list[Place]:
     return found
 
 
-def generate(people: int, seed: int, out: Path) -> int:
-    """Write profiles to ``out`` (CSV, or Parquet by its ending); the number of rows written."""
-    tables = _tables(people, seed)
+def generate(people: int, seed: int, out: Path, first: int = 0) -> int:
+    """Write profiles to ``out`` (CSV, or Parquet by its ending); the number of rows written.
+
+    ``first`` is the number of the first person: another range of numbers is another crowd.
+    """
+    tables = _tables(people, seed, first)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix.lower() in (".parquet", ".pq"):
         return _write_parquet(tables, out)
@@ -164,10 +167,10 @@ def _as_text(table: pa.Table) -> pa.Table:
     return pa.table(columns, names=table.column_names)
 
 
-def _tables(people: int, seed: int) -> Iterator[pa.Table]:
+def _tables(people: int, seed: int, first: int) -> Iterator[pa.Table]:
     random = np.random.default_rng(seed)
     for start in range(0, max(people, 1), CHUNK_ROWS):
-        numbers = np.arange(start, min(start + CHUNK_ROWS, people), dtype=np.int64)
+        numbers = first + np.arange(start, min(start + CHUNK_ROWS, people), dtype=np.int64)
         yield _chunk(numbers, random)
 
 
