@@ -125,7 +125,7 @@ def test_sql_counts_as_the_rules_do(clickhouse: Client) -> None:
     counts = (3, 0, 4)
     runs: dict[str, list[Step]] = {}
     records: list[PageResult | Outcomes | RunEvent] = []
-    for number in range(60):
+    for number in range(30):
         run = f"generated-{number}"
         pairs = [_said(chance, run) for _ in range(chance.randrange(25))]
         runs[run] = [step for step, _ in pairs]

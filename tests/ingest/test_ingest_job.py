@@ -295,7 +295,8 @@ def test_nothing_is_lost_while_clickhouse_is_away(world: World, tmp_path: Path) 
 
     eventually(audience_known, what="the run is in ClickHouse")
     process = processes(world.home)["clickhouse"].pid
-    taskmanager = processes(world.home)["flink-taskmanager-1"].pid
+    (working,) = flink_jobs.taskmanagers_of(world.home, job)
+    taskmanager = processes(world.home)[working].pid
     assert process is not None
     assert taskmanager is not None
     os.kill(process, signal.SIGSTOP)
