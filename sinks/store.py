@@ -44,6 +44,8 @@ V = TypeVar("V")
 
 OPEN_FILES = 64
 """Shard files that a snapshot keeps open."""
+OPEN_SNAPSHOTS = 16
+"""Snapshots that a store keeps open: one for each campaign that is under way."""
 CACHED_PAGES = 64
 """Decoded pages of each kind that a snapshot keeps; about 0.1 MB an index, 0.5 MB a body."""
 _HEX = frozenset("0123456789abcdef")
@@ -180,6 +182,7 @@ class FileStore:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).absolute()
+        self._opened: _Recent[str, Snapshot] = _Recent(OPEN_SNAPSHOTS)
 
     def put_object(self, kind: str, content: bytes) -> ObjectId:
         """Keep ``content``; its name is its SHA-256. Durable on return; again is nothing."""
@@ -205,7 +208,13 @@ class FileStore:
         return content
 
     def open_snapshot(self, name: str) -> Snapshot:
-        """A snapshot by its id. Raises ``MissingSnapshot``, or ``Corrupt`` for its manifest."""
+        """A snapshot by its id: one object for all who ask while it is in use.
+
+        Raises ``MissingSnapshot``, or ``Corrupt`` for its manifest.
+        """
+        return self._opened.get(name, lambda: self._open(name))
+
+    def _open(self, name: str) -> Snapshot:
         folder = self.root / "snapshots" / name
         path = folder / MANIFEST_NAME
         sound = len(name) == ID_DIGITS and _HEX.issuperset(name)
