@@ -184,7 +184,7 @@ def decode(data: bytes, record: type[T]) -> T:
         body = fastavro.schemaless_reader(buffer, known[1], _SCHEMAS.current[record.__name__])
         if buffer.tell() != len(data):
             raise MalformedRecord(
-                f"{len(data) - buffer.tell()} bytes follow the {record.__name__}; one record a value"
+                f"{len(data) - buffer.tell()} bytes follow the {record.__name__}: one a value"
             )
         value: T = read(body)
     except MalformedRecord:
