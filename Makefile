@@ -1,5 +1,5 @@
 # Fanfare. `make demo` shows a campaign, `make test` shows that it is right.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -10,7 +10,7 @@ help:            ## list the targets
 
 setup: $(STAMP)  ## make .venv with everything in it
 $(STAMP): setup.py
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is missing: apt-get install python3.11 python3.11-venv, or pyenv install 3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "Python 3.11 is missing: apt-get install python3.11 python3.11-venv, or pyenv install 3.11; then make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'setuptools<80' wheel
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'

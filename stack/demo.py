@@ -38,6 +38,8 @@ SEGMENT = "age >= 18"
 ZONE = "Europe/Berlin"
 """Whoever has the clock of this zone is asked to wait for the end of the quiet hours."""
 SHORTEST_QUIET = timedelta(seconds=15)
+_TELL_EVERY_S = 5.0
+"""Where there is no terminal, progress is a line now and then."""
 EXAMPLE = Path(__file__).with_name("example_campaign.yaml")
 
 HomeOption = Annotated[
@@ -60,7 +62,7 @@ class Clock:
         began = time.monotonic()
         yield
         took = self.phases[name] = time.monotonic() - began
-        self.console.print(f"[dim]{took:6.1f} s[/]  {name}", highlight=False)
+        self.console.print(f"[dim]{took:6.1f} s[/]  {name}", highlight=False, soft_wrap=True)
 
     @property
     def seconds(self) -> float:
@@ -86,7 +88,7 @@ def demo(
         # The audience needs no server: it is built while the servers start.
         audience = pool.submit(_audience, where, people)
         _start(where, clock, console)
-        with clock.phase("profiles and audience (meanwhile)"):
+        with clock.phase("profiles and audience, beside the above"):
             snapshot, profiles = audience.result()
     if not as_json:
         _tell_audience(where, snapshot, profiles, console)
@@ -111,9 +113,9 @@ def _start(home: Home, clock: Clock, console: Console) -> None:
     from stack import lifecycle
     from stack.jobs import start_jobs
 
-    with clock.phase("servers: Kafka, Flink, ZooKeeper, Redis, ClickHouse, receiver, simulator"):
+    with clock.phase("servers started"):
         lifecycle.up(home)
-    with clock.phase("topics, tables and the three jobs"):
+    with clock.phase("topics, tables and three jobs"):
         start_jobs(home)
     console.print(f"         Flink's web page: {endpoints(home).flink}", highlight=False)
 
@@ -142,6 +144,7 @@ def _tell_audience(home: Home, snapshot: str, profiles: Path, console: Console) 
         f"{counts.duplicates:,} duplicates, {counts.not_selected:,} not in '{SEGMENT}'; "
         f"audience {counts.audience:,}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -192,17 +195,16 @@ def _control(home: Home, path: str, method: str = "GET", timeout_s: float = 5) -
 def _follow(home: Home, run: str, console: Console) -> None:
     """Show the run until it ends."""
     columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.completed:>9,.0f} / {task.total:,.0f}"),
-        TextColumn("{task.fields[note]}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.percentage:>3.0f} %  {task.fields[note]}"),
     )
     latest: RunEvent | None = None
+    told = 0.0
     with (
-        Progress(*columns, console=console, refresh_per_second=4) as progress,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
         read_from_end(endpoints(home).kafka, topics.RUNS, back=200) as poll,
     ):
-        task = progress.add_task("settled", total=1, note="")
+        task = progress.add_task("", total=1, note="waiting for the first answer")
         while latest is None or not latest.status.terminal:
             for value in poll():
                 event = decode(value, RunEvent)
@@ -210,23 +212,23 @@ def _follow(home: Home, run: str, console: Console) -> None:
                     latest = event
             if latest is None:
                 continue
-            stats = _control(home, f"/stats?run={run}")
-            progress.update(
-                task,
-                total=latest.audience,
-                completed=latest.audience - latest.pending,
-                note=_note(latest, stats),
-            )
+            note = _note(latest, _control(home, f"/stats?run={run}"))
+            settled = latest.audience - latest.pending
+            progress.update(task, total=latest.audience, completed=settled, note=note)
+            if not console.is_terminal and time.monotonic() - told > _TELL_EVERY_S:
+                told = time.monotonic()
+                console.print(f"         {note}", highlight=False, soft_wrap=True)
             time.sleep(0.2)
 
 
 def _note(event: RunEvent, stats: dict[str, Any]) -> str:
-    accepted = int(stats.get("accepted", 0))
+    of_run = stats.get("runs", {}).get(event.run, stats)
+    accepted = int(of_run.get("accepted", 0))
     rate = int(stats.get("accepted_last_second", 0))
     skipped = max(0, event.audience - event.pending - accepted)
-    left = timedelta(seconds=round(event.open / rate)) if rate else "-"
+    left = f"{event.open / rate:.0f} s" if rate else "-"
     return (
-        f"{rate:,}/s, accepted {accepted:,}, in flight {event.open:,}, skipped {skipped:,}, "
+        f"{rate:,}/s, accepted {accepted:,}, open {event.open:,}, skipped {skipped:,}, "
         f"deferred {event.deferred:,}, ETA {left}"
     )
 
@@ -262,6 +264,7 @@ def _tell_books(home: Home, run: str, books: Books, console: Console) -> None:
         f"Flink {found['flink']}   ClickHouse {found['clickhouse']}\n"
         f"One person's story: fanfare books {run} --recipient ID   Stop the stack: make down",
         highlight=False,
+        soft_wrap=True,
     )
 
 
