@@ -405,7 +405,7 @@ class Desk:
 
     def turn(self, how: str) -> bool:
         """Make the next call. ``how``: answered, its answer lost, or late (it may arrive yet)."""
-        if self.idle or self.key.fenced:
+        if self.idle or self.key.fenced or not self.key.process.alive:
             return False
         if self.call is None:
             self.call = self._next()
@@ -424,6 +424,10 @@ class Desk:
             world.faults["predecessor fenced"] += 1
             world.progress += 1
             process.fence(self.key)
+            if process is process.job.process:
+                # A predecessor came to the key later than this process: the job fails, and takes
+                # the key again when it is restored.
+                process.job.crash(late=False)
             return True
         except (MissingLedger, Corrupt):
             world.faults["ledger refused"] += 1
@@ -565,7 +569,9 @@ class Process:
             desk.settlements.clear()
 
     def open_works(self) -> list[Work]:
-        """Works with something ready, or soon."""
+        """Works with something ready."""
+        if not self.alive:
+            return []
         now = self.world.now
         found = []
         for key in self.keys.values():

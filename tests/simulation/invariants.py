@@ -57,10 +57,13 @@ def coordinated(world: World, run: str, coordinator: Coordinator, effects: Effec
     if effects.orders:
         if state.status is not RunStatus.RUNNING and state.status is not RunStatus.COMPLETED:
             raise Violation(f"{run} is {state.status.value} and orders pages")
-        room = max(PAGE, coordinator.policy.room(state.rate_per_second))
+        # Silent orders are given again as they were, also if the window is smaller by now.
+        before = world.truth.opened.get(run, 0)
+        room = max(PAGE, coordinator.policy.room(state.rate_per_second), before)
         widest = max(opened.values(), default=0)
         if widest > room:
             raise Violation(f"{run}: {widest} are open, the window is {room}")
+    world.truth.opened[run] = max(opened.values(), default=0)
     if state.status is RunStatus.COMPLETED and memory.pending:
         raise Violation(f"{run} is completed with {memory.pending} pending")
 

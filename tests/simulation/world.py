@@ -255,6 +255,8 @@ class Truth:
     """The operation by which Redis knew of a withdrawal, by recipient and scope, and when."""
     grants: dict[str, list[tuple[datetime, int]]] = field(default_factory=dict)
     lost_transactions: int = 0
+    opened: dict[str, int] = field(default_factory=dict)
+    """The most that was open of a leg, by run, after coordinate's last step."""
 
 
 class World:
