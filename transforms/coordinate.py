@@ -334,7 +334,8 @@ class Coordinator:
             if not hit:
                 continue
             left = bitmap_from(order.unresolved) & ~hit
-            page = _with_order(page, replace(order, unresolved=bitmap_bytes(left), heard=True))
+            # Not 'heard': the result may come later than the outcome, and tells of others.
+            page = _with_order(page, replace(order, unresolved=bitmap_bytes(left)))
             self.memory.put(key, page)
             if group.outcome is Outcome.STALE:
                 self._defer(key, page, hit, now)
