@@ -20,6 +20,16 @@ def environment(
     configuration = Configuration()
     configuration.set_string("python.execution-mode", "thread")
     configuration.set_string("python.metric.enabled", "false")
+    # Killed processes are no failure of a job; the same failure over and over ends it, loudly.
+    configuration.set_string("restart-strategy.type", "failure-rate")
+    configuration.set_string("restart-strategy.failure-rate.delay", "500 ms")
+    configuration.set_string(
+        "restart-strategy.failure-rate.failure-rate-interval",
+        f"{round(settings.failure_interval.total_seconds())} s",
+    )
+    configuration.set_string(
+        "restart-strategy.failure-rate.max-failures-per-interval", str(settings.failures)
+    )
     # Given to get_execution_environment it would replace what the client set (python.executable).
     environment = StreamExecutionEnvironment.get_execution_environment()
     environment.configure(configuration)

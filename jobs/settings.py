@@ -43,6 +43,10 @@ class JobSettings(BaseSettings):
     """A job stops when more than this share of its recent records are dead letters."""
     dead_letter_window: int = Field(default=1_000, ge=1)
     """Records that must have been seen before the ratio counts."""
+    failures: int = Field(default=40, ge=1)
+    """A job ends when it fails more often than this within ``failure_interval``: killed processes
+    now and then are lived through, the same failure over and over is not."""
+    failure_interval: timedelta = timedelta(minutes=5)
 
     def topic(self, name: str) -> str:
         """The deployed name of a topic of ``schemas.topics``."""
@@ -148,9 +152,6 @@ class IngestSettings(JobSettings):
     """Kafka consumer group; the lag of the books is measured by its committed offsets."""
     flush_after: timedelta = timedelta(milliseconds=500)
     batch_rows: int = Field(default=20_000, ge=1)
-    failures: int = Field(default=10, ge=1)
-    """The job ends when it fails more often than this within ``failure_interval``."""
-    failure_interval: timedelta = timedelta(minutes=5)
 
 
 Settings = TypeVar("Settings", bound=JobSettings)

@@ -30,16 +30,6 @@ def main() -> None:
     flink = environment(settings, exactly_once=False)
     configuration = Configuration()
     configuration.set_string("python.metric.enabled", "true")
-    # A killed TaskManager is no failure of the job; the same failure over and over ends it.
-    configuration.set_string("restart-strategy.type", "failure-rate")
-    configuration.set_string("restart-strategy.failure-rate.delay", "1 s")
-    configuration.set_string(
-        "restart-strategy.failure-rate.failure-rate-interval",
-        f"{round(settings.failure_interval.total_seconds())} s",
-    )
-    configuration.set_string(
-        "restart-strategy.failure-rate.max-failures-per-interval", str(settings.failures)
-    )
     flink.configure(configuration)
     first, *others = (
         kafka.source(flink, settings.kafka, [settings.topic(topic)], settings.ingest_group, uid)
