@@ -243,7 +243,7 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
             memory = RunMemory()
             kept = self._run_state.value()
             if kept is not None:
-                memory.run = decode(bytes(kept), RunState)
+                memory.run = memory.saved = decode(bytes(kept), RunState)
                 memory.pages = {
                     page_key(name): decode(bytes(data), PageState)
                     for name, data in self._page_state.items()
@@ -253,8 +253,9 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
         return memory
 
     def _save(self, memory: RunMemory) -> None:
-        if memory.run is not None:
+        if memory.run is not None and memory.run is not memory.saved:
             self._run_state.update(encode(memory.run))
+            memory.saved = memory.run
         for key in memory.dirty:
             page = memory.pages.get(key)
             if page is None:

@@ -58,7 +58,8 @@ class DeliveryParts:
     dead_letter_window: int
 
 
-_BEAT_MS = 50
+_BEAT_MS = 200
+"""Outcomes of a page gather for so long: a record of many is far cheaper than many records."""
 _PARKED_BEAT_MS = 500
 
 

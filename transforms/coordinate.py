@@ -97,6 +97,8 @@ class RunMemory:
     run: RunState | None = None
     pages: dict[PageKey, PageState] = field(default_factory=dict)
     dirty: set[PageKey] = field(default_factory=set)
+    saved: RunState | None = None
+    """``run`` as it was last saved: most steps leave it as it is."""
     last_progress: tuple[datetime, tuple[int, ...]] | None = None
     """Not kept across a restart: when progress was last told, and what."""
     open_by_leg: dict[LegId, int] = field(default_factory=dict)
