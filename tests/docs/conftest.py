@@ -1,0 +1,3 @@
+from tests.stack_fixture import stack
+
+__all__ = ["stack"]
