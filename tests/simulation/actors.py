@@ -171,8 +171,8 @@ class Campaigns:
             self._emit(after)
             if after.publish:
                 self._publish(run, coordinator)
-        coordinator.memory.dirty.clear()
         invariants.coordinated(self.world, run, coordinator, effects)
+        coordinator.memory.dirty.clear()
 
     def _emit(self, effects: Effects) -> None:
         world = self.world

@@ -51,6 +51,8 @@ class Simulation:
         self.world = World(setup, trace)
         self.campaigns = Campaigns(self.world)
         self.delivery = Delivery(self.world)
+        self.unknown = 0
+        """Recipients whose message nobody knows the end of, when all is quiet."""
         for number, spec in enumerate(setup.specs):
             self._command(spec.run, CommandKind.LAUNCH, number, launch=True)
 
@@ -362,7 +364,7 @@ class Simulation:
                     break
             world.pass_time(jump)
             jump = min(jump * 4, timedelta(hours=6))
-        invariants.at_the_end(world, campaigns, delivery)
+        self.unknown = invariants.at_the_end(world, campaigns, delivery)
 
 
 def _answer(verdict: Verdict, **more: timedelta) -> Answer:
