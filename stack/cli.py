@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, Entry] = {
     "audience": Entry("stack.cli_audience:app", "Audience snapshots: build, show, verify."),
     "campaign": Entry("stack.cli_campaign:app", "Campaigns: launch, pause, resume, cancel, rate."),
     "books": Entry("stack.cli_books:app", "A run's books, and one recipient's story."),
+    "upgrade": Entry("stack.cli_upgrade:app", "Put new code into the jobs, amid campaigns."),
     "demo": Entry("stack.demo:app", "A campaign of 100,000 people, end to end."),
 }
 

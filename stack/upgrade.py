@@ -1,0 +1,105 @@
+"""New code into running jobs: stop behind savepoints, restart TaskManagers, go on.
+
+A TaskManager's interpreter lives as long as its JVM and keeps the modules that it has imported, so
+the TaskManagers are restarted between. What was stopped is written down first: an upgrade that was
+broken off, or whose new code was not accepted, is gone on with by calling it again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+from schemas.errors import StackFailed
+from stack.flink_jobs import running_jobs, stop_with_savepoint, submit, wait_running
+from stack.jobs import JOBS
+from stack.layout import Home, processes, replace_file
+from stack.process import end
+
+Progress = Callable[[str], None]
+_RESTART = timedelta(seconds=60)
+
+
+def _notes(home: Home) -> Path:
+    return home.flink / "upgrade.json"
+
+
+def upgrade(
+    home: Home, progress: Progress = lambda line: None, parallelism: Mapping[str, int] | None = None
+) -> dict[str, str]:
+    """Stop the jobs behind savepoints, restart TaskManagers, submit what is installed now.
+
+    ``parallelism`` by job name rescales; 1 where it says nothing. Returns the new Flink job ids.
+
+    Raises:
+        StackFailed: a job was not stopped, or its new code was not accepted (an incompatible
+            layout, an error at start). Savepoints are kept; calling again goes on from them.
+    """
+    stopped = _stop(home, progress)
+    if not stopped:
+        raise StackFailed("no job runs, and no upgrade was broken off: `fanfare jobs start`")
+    _restart_taskmanagers(home, progress)
+    wanted = parallelism or {}
+
+    def resume(name: str) -> tuple[str, str]:
+        job_id = submit(
+            home, JOBS[name].script, parallelism=wanted.get(name, 1), savepoint=stopped[name]
+        )
+        wait_running(home, job_id)
+        progress(f"job {name} goes on")
+        return name, job_id
+
+    running = {job.name: job.id for job in running_jobs(home)}
+    done = {name: running[JOBS[name].name] for name in stopped if JOBS[name].name in running}
+    try:
+        with ThreadPoolExecutor(max_workers=len(stopped)) as pool:
+            done |= dict(pool.map(resume, [name for name in stopped if name not in done]))
+    except StackFailed as error:
+        raise StackFailed(
+            f"{error}\nThe savepoints are kept ({_notes(home)}). Mend the code and call "
+            "`fanfare upgrade` again: every run goes on where it was"
+        ) from error
+    _notes(home).unlink()
+    return done
+
+
+def _stop(home: Home, progress: Progress) -> dict[str, str]:
+    """The savepoints of all stopped jobs, those of a broken-off upgrade included."""
+    notes = _notes(home)
+    stopped: dict[str, str] = json.loads(notes.read_text()) if notes.exists() else {}
+    running = {job.name: job.id for job in running_jobs(home)}
+
+    def stop(name: str) -> None:
+        stopped[name] = stop_with_savepoint(home, running[JOBS[name].name])
+        replace_file(notes, json.dumps(stopped))
+        progress(f"job {name} is stopped, its state is in {stopped[name]}")
+
+    # Delivery last: what the others still emit is taken in before it stops.
+    for name in ("webhook-ingest", "campaigns", "delivery"):
+        if JOBS[name].name in running and name not in stopped:
+            stop(name)
+    return stopped
+
+
+def _restart_taskmanagers(home: Home, progress: Progress) -> None:
+    before = {
+        name: info for name, info in processes(home).items() if name.startswith("flink-taskmanager")
+    }
+    left = end([info.identity for info in before.values() if info.identity is not None])
+    if left:
+        raise StackFailed(f"TaskManagers did not end: pids {', '.join(str(i.pid) for i in left)}")
+    deadline = time.monotonic() + _RESTART.total_seconds()
+    while time.monotonic() < deadline:
+        now = processes(home)
+        if all(
+            now[name].pid not in (None, info.pid) and now[name].state.value == "ready"
+            for name, info in before.items()
+        ):
+            progress(f"{len(before)} TaskManagers are restarted")
+            return
+        time.sleep(0.1)
+    raise StackFailed(f"the TaskManagers are not back after {_RESTART}; see `fanfare status`")
