@@ -14,12 +14,20 @@ from pyflink.datastream.state import MapStateDescriptor, ValueStateDescriptor
 
 from pipelines.dead_letters import DeadLetterGate
 from schemas.codec import decode, encode, name_of, to_millis
-from schemas.errors import Corrupt, FanfareError, MalformedRecord, Unavailable, UnknownSchema
+from schemas.errors import (
+    Corrupt,
+    CorruptPage,
+    FanfareError,
+    MalformedRecord,
+    Unavailable,
+    UnknownSchema,
+)
 from schemas.ids import LegId, ObjectId
 from schemas.reasons import RunStatus
 from schemas.records import CampaignSpec, Command, CommandKind, Outcomes, PageResult
-from schemas.snapshot import Manifest
+from schemas.snapshot import Manifest, PageBody, PageIndex
 from schemas.state import PageState, RunState
+from transforms.campaign_file import validate_spec
 from transforms.coordinate import (
     CoordinatePolicy,
     Coordinator,
@@ -28,16 +36,23 @@ from transforms.coordinate import (
     PageKey,
     RunMemory,
 )
+from transforms.examine import unrenderable
 
 log = logging.getLogger(__name__)
 
 
-class HasManifest(Protocol):
+class OpenSnapshot(Protocol):
     """An opened snapshot."""
 
     @property
     def manifest(self) -> Manifest:
         """What the snapshot holds."""
+
+    def read_index(self, shard: int, page: int) -> PageIndex:
+        """Ids of a page. Raises ``CorruptPage``."""
+
+    def read_body(self, shard: int, page: int) -> PageBody:
+        """Addresses and attributes of a page. Raises ``CorruptPage``."""
 
 
 class Snapshots(Protocol):
@@ -46,7 +61,7 @@ class Snapshots(Protocol):
     def put_object(self, kind: str, content: bytes) -> ObjectId:
         """Store bytes under their hash."""
 
-    def open_snapshot(self, name: str) -> HasManifest:
+    def open_snapshot(self, name: str) -> OpenSnapshot:
         """A snapshot.
 
         Raises:
@@ -138,7 +153,8 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
         try:
             effects = self._step(coordinator, value, now)
         except MalformedRecord as error:
-            yield self._gate.letter(value, error, now, step="read", source="coordinate's topics")
+            data = bytes(value)
+            yield self._gate.letter(data, error, now, step="read", source="coordinate's topics")
             return
         self._gate.good()
         yield from self._carry_out(coordinator, effects, now)
@@ -164,7 +180,7 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
         match name_of(data):
             case "Command":
                 command = decode(data, Command)
-                return coordinator.on_command(command, now, self._facts(command))
+                return coordinator.on_command(command, now, self._facts(command, now))
             case "PageResult":
                 return coordinator.on_result(decode(data, PageResult), now)
             case "Outcomes":
@@ -175,17 +191,23 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
                     f"beginning {data[:10].hex(' ')!r}"
                 )
 
-    def _facts(self, command: Command) -> LaunchFacts | None:
+    def _facts(self, command: Command, now: datetime) -> LaunchFacts | None:
         spec = command.launch
         if command.kind is not CommandKind.LAUNCH or spec is None:
             return None
-        try:
-            manifest = self._snapshots.open_snapshot(spec.snapshot).manifest
-        except FanfareError as error:
-            return LaunchFacts(ObjectId(""), (), (str(error),))
-        problems = list(self._parts.examine(spec, manifest))
+        problems = [str(problem) for problem in validate_spec(spec, now)]
         if (spec.tenant, spec.run) != (command.tenant, command.run):
             problems.append("launch: tenant and run differ from the command's")
+        if problems:
+            return LaunchFacts(ObjectId(""), (), tuple(problems))
+        try:
+            snapshot = self._snapshots.open_snapshot(spec.snapshot)
+        except FanfareError as error:
+            return LaunchFacts(ObjectId(""), (), (str(error),))
+        manifest = snapshot.manifest
+        problems = list(self._parts.examine(spec, manifest))
+        if not problems:
+            problems = list(_unrenderable(spec, snapshot))
         spec_id = self._snapshots.put_object("spec", encode(spec))
         counts = tuple(manifest.shard_size(shard) for shard in range(manifest.shards))
         return LaunchFacts(spec_id, counts, tuple(problems))
@@ -280,6 +302,19 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
         at = to_millis(now + (_SOON if busy or not run.ledger_ready else _TICK))
         self._armed[key] = at
         ctx.timer_service().register_processing_time_timer(at)
+
+
+def _unrenderable(spec: CampaignSpec, snapshot: OpenSnapshot) -> Iterator[str]:
+    """Try the templates on people of the first page that can be read."""
+    for entry in snapshot.manifest.pages:
+        try:
+            ids = snapshot.read_index(entry.shard, entry.page).recipient_ids
+            body = snapshot.read_body(entry.shard, entry.page)
+        except CorruptPage as error:
+            log.error("run %s: its templates can't be tried on a page: %s", spec.run, error)
+            continue
+        yield from unrenderable(spec, ids, body)
+        return
 
 
 def page_name(key: PageKey) -> str:

@@ -17,6 +17,7 @@ from schemas.codec import decode, encode, name_of
 from schemas.errors import (
     Corrupt,
     CorruptPage,
+    InvalidCampaign,
     MalformedRecord,
     MissingObject,
     MissingSnapshot,
@@ -24,8 +25,7 @@ from schemas.errors import (
 )
 from schemas.reasons import Reason
 from schemas.records import CampaignSpec, ConsentChange, ConsentStatus, Outcomes, PageOrder
-from schemas.state import RecipientState
-from transforms.consent import apply_consent
+from transforms.consent import change_bytes
 from transforms.decide import PageFacts, decide_page, fold_page_outcomes, skip_page, state_key
 
 log = logging.getLogger(__name__)
@@ -126,6 +126,7 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
         try:
             spec = self._spec(order.spec)
             index = self._store.open_snapshot(order.snapshot).read_index(order.shard, order.page)
+            decided = decide_page(order, spec, index, self._states(order.tenant), now)
         except (CorruptPage, Corrupt) as error:
             log.error("page %d of shard %d is skipped: %s", order.page, order.shard, error)
             yield encode(skip_page(order, Reason.CORRUPT_PAGE, now))
@@ -134,7 +135,14 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
             log.error("page %d of shard %d is skipped: %s", order.page, order.shard, error)
             yield encode(skip_page(order, Reason.MISSING_SNAPSHOT, now))
             return
-        decided = decide_page(order, spec, index, self._states(order.tenant), now)
+        except (InvalidCampaign, MalformedRecord) as error:
+            # The order would otherwise never be answered, and its run never end.
+            log.error("page %d of shard %d is skipped: %s", order.page, order.shard, error)
+            yield self._gate.letter(
+                encode(order), error, now, step="decide", source="coordinate's orders"
+            )
+            yield encode(skip_page(order, Reason.CORRUPT_PAGE, now))
+            return
         self._keep(order.tenant, decided.states)
         yield encode(decided.result)
         for send in decided.sends:
@@ -153,10 +161,9 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
     def _consent(self, change: ConsentChange) -> None:
         key = state_key(change.tenant, change.recipient_id)
         kept = self._people.get(key)
-        before = None if kept is None else decode(bytes(kept), RecipientState)
-        after = apply_consent(before, change)
-        if after is not before:
-            self._people.put(key, encode(after))
+        after = change_bytes(None if kept is None else bytes(kept), change)
+        if after is not None:
+            self._people.put(key, after)
         granted = change.status is ConsentStatus.GRANTED
         remember = self._opt_outs.opt_in if granted else self._opt_outs.opt_out
         remember(change.tenant, change.recipient_id, change.channel, change.topic)

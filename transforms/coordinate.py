@@ -34,6 +34,11 @@ from schemas.records import (
 )
 from schemas.state import Deferral, LegState, OpenOrder, PageState, RunState
 
+LOWEST_RATE = 0.001
+HIGHEST_RATE = 1_000_000.0
+"""Messages a second that a run may be limited to; above it is no limit."""
+_RATE_WANTED = f"a rate must be {LOWEST_RATE:g} to {HIGHEST_RATE:,.0f} a second"
+
 PageKey = tuple[LegId, int, int]
 """Leg, shard, page."""
 
@@ -206,14 +211,17 @@ class Coordinator:
         problems = facts.problems
         if spec.deadline <= now:
             problems = (*problems, f"deadline {spec.deadline.isoformat()} is in the past")
+        if spec.rate_per_second is not None and not sound_rate(spec.rate_per_second):
+            problems = (*problems, f"rate_per_second: {_RATE_WANTED}")
+        # A refusal names the run of the command: that of the definition may be somebody else's.
         status = RunStatus.RUNNING
         if spec.start_at is not None and spec.start_at > now:
             status = RunStatus.SCHEDULED
         audience = sum(facts.shard_counts)
         first = next((s for s, count in enumerate(facts.shard_counts) if count), 0)
         self.memory.run = RunState(
-            tenant=spec.tenant,
-            run=spec.run,
+            tenant=command.tenant,
+            run=command.run,
             campaign=spec.campaign,
             spec=facts.spec,
             snapshot=spec.snapshot,
@@ -254,8 +262,8 @@ class Coordinator:
             self._set_status(RunStatus.CANCELLED, now)
         elif kind is CommandKind.SET_RATE:
             rate = command.rate_per_second
-            if rate is not None and rate <= 0:
-                return f"a rate must be above 0 a second, got {rate:g}; use pause to stop"
+            if rate is not None and not sound_rate(rate):
+                return f"{_RATE_WANTED}, got {rate:g}; use pause to stop"
             self.memory.run = replace(run, rate_per_second=rate, version=_later(run, now))
         return ""
 
@@ -269,10 +277,8 @@ class Coordinator:
             leg = legs.get(one.leg)
             if leg is None:
                 return f"the run has no leg {one.leg!r}; it has {', '.join(legs)}"
-            size = recipients_of_page(
-                run.shard_counts[one.shard] if 0 <= one.shard < len(run.shard_counts) else 0,
-                one.page,
-            )
+            known = 0 <= one.shard < len(run.shard_counts) and one.page >= 0
+            size = recipients_of_page(run.shard_counts[one.shard] if known else 0, one.page)
             bits = bitmap_from(one.ordinals)
             if not bits or bits > full_bitmap(size):
                 return f"page {one.page} of shard {one.shard} has {size} recipients, not these"
@@ -665,6 +671,11 @@ class Coordinator:
                 shard_counts=run.shard_counts if launched else (),
             )
         )
+
+
+def sound_rate(per_second: float) -> bool:
+    """Whether a run's rate can be kept: token buckets need a finite time for one message."""
+    return LOWEST_RATE <= per_second <= HIGHEST_RATE
 
 
 def _later(run: RunState, now: datetime) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from schemas.errors import InvalidTemplate
+from schemas.errors import InvalidTemplate, RenderingFailed
+from schemas.ids import RecipientId
 from schemas.records import CampaignSpec, LegSpec
 from schemas.snapshot import Manifest
+from transforms.personalise import Body, leg_context, message_to
 from transforms.rendering import TemplateSource, explain_variables
 
 PROVIDED = frozenset({"recipient_id", "locale", "unsubscribe_url"})
@@ -37,3 +39,30 @@ def _template_misfits(where: str, leg: LegSpec, known: frozenset[str]) -> Iterat
             f"{where}: the template uses {name!r}, which the snapshot lacks; it has "
             f"{', '.join(sorted(known - PROVIDED))}. Give it a value under `defaults`"
         )
+
+
+TRIED = 5
+"""People on whom the templates of a launch are tried."""
+
+
+def unrenderable(spec: CampaignSpec, ids: Sequence[str], body: Body) -> Iterator[str]:
+    """The legs whose template fails on everybody of a few people, spread over a page.
+
+    A template that loops for ever, prints nothing or reads what nobody has is refused before
+    anything is sent; one that fails on some people's data fails for those alone, when they are
+    sent to. Rendering is bounded by steps here, not by a clock: every replay says the same.
+    """
+    tried = range(0, len(ids), max(1, len(ids) // TRIED))[:TRIED]
+    for position, leg in enumerate(spec.legs):
+        context = leg_context(spec, leg, "https://unsubscribe.invalid", b"tried")
+        failures: list[str] = []
+        for index in tried:
+            try:
+                message_to(context, RecipientId(ids[index]), body, index, "", lambda: 0.0)
+            except RenderingFailed as error:
+                failures.append(str(error))
+        if tried and len(failures) == len(tried):
+            yield (
+                f"legs[{position}]: the template failed on each of {len(tried)} people that it was "
+                f"tried on: {failures[0]}"
+            )
