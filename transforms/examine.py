@@ -52,7 +52,8 @@ def unrenderable(spec: CampaignSpec, ids: Sequence[str], body: Body) -> Iterator
     anything is sent; one that fails on some people's data fails for those alone, when they are
     sent to. Rendering is bounded by steps here, not by a clock: every replay says the same.
     """
-    tried = range(0, len(ids), max(1, len(ids) // TRIED))[:TRIED]
+    reachable = [index for index in range(len(ids)) if body.email(index)]
+    tried = reachable[:: max(1, len(reachable) // TRIED)][:TRIED]
     for position, leg in enumerate(spec.legs):
         context = leg_context(spec, leg, "https://unsubscribe.invalid", b"tried")
         failures: list[str] = []
