@@ -17,7 +17,7 @@ from schemas.errors import Corrupt, Fenced, MissingLedger, Unavailable
 from schemas.ids import run_key
 from schemas.message import Answer, Verdict
 from schemas.pages import bitmap_from, delivery_key, indexes_of
-from schemas.reasons import Reason
+from schemas.reasons import Reason, RunStatus
 from schemas.records import (
     Command,
     CommandKind,
@@ -143,11 +143,13 @@ class Campaigns:
         return True
 
     def tick(self, pick: int) -> bool:
-        """A run's clock ticks."""
+        """A run's clock ticks, as long as it is wound up."""
         if not self.memories:
             return False
         run = list(self.memories)[pick % len(self.memories)]
         coordinator = self._coordinator(run)
+        if not _armed(coordinator):
+            return False
         self._carry_out(run, coordinator, coordinator.on_tick(self.world.now))
         return True
 
@@ -340,6 +342,16 @@ class Campaigns:
         )
 
 
+def _armed(coordinator: Coordinator) -> bool:
+    """Whether the shell keeps a timer for the run."""
+    run = coordinator.memory.run
+    if run is None:
+        return False
+    unpublished = run.published_version < run.version and run.status is not RunStatus.REFUSED
+    over = run.status.terminal and not coordinator.closing and not unpublished
+    return not over or coordinator.memory.open > 0
+
+
 _TOPIC_OF: dict[type, str] = {PageResult: "results", Outcomes: "outcomes", Send: "sends"}
 
 
@@ -375,6 +387,15 @@ class Work:
         for one in [one for one in self.waiting if one[0] <= now]:
             self.waiting.remove(one)
             self.ready.append(one[1])
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What a process calls a request."""
+
+    work: Work
+    index: int
+    account: str
 
 
 @dataclass
@@ -688,7 +709,7 @@ class Process:
         ordinal = send.page * PAGE + index
         request = Request(
             self,
-            (work, index, account),
+            Attempt(work, index, account),
             send.run,
             send.leg,
             person(send.shard, ordinal),
@@ -704,7 +725,9 @@ class Process:
 
     def answered(self, request: Request, answer: Answer) -> None:
         """The provider's answer, or that there is none."""
-        work, index, account = request.token  # type: ignore[misc]
+        token = request.token
+        assert isinstance(token, Attempt)
+        work, index, account = token.work, token.index, token.account
         world = self.world
         tries = work.tries.get(index, Tries())
         routes = len(decide.leg_of(world.specs[work.send.spec], work.send.leg).routes)

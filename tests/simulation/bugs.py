@@ -16,7 +16,7 @@ import pytest
 from schemas import recipient_bytes
 from schemas.message import Answer
 from schemas.message import Verdict as AnswerVerdict
-from schemas.pages import bitmap_bytes, bitmap_from
+from schemas.pages import bitmap_bytes, bitmap_from, delivery_key
 from schemas.reasons import RunStatus
 from schemas.recipient_bytes import Held as Reservation
 from schemas.records import CampaignSpec, PageOrder, PageResult, Send
@@ -147,7 +147,7 @@ def two_keys_one_ledger(plant: pytest.MonkeyPatch) -> None:
     """Sends are keyed by generation too, so that two keys write one ledger."""
 
     def key_of(send: Send) -> int:
-        return actors.delivery_key(send.shard + 2 * (send.generation % 2))
+        return delivery_key(send.shard + 2 * (send.generation % 2))
 
     plant.setattr(actors, "key_of", key_of)
     plant.setattr(ledger, "own_key", lambda ref, owner: None)

@@ -34,9 +34,10 @@ from tests.simulation.world import (
     Setup,
     Violation,
     World,
+    person,
     setup_of,
 )
-from transforms.ledger import BIT, LedgerRef, Seen
+from transforms.ledger import BIT, Held, LedgerRef, Seen
 
 Event = tuple[str, int]
 _DRAIN_ROUNDS = 2000
@@ -245,22 +246,52 @@ class Simulation:
         if entry != BIT:
             return False
         world.say(f"a webhook tells of {request}")
-        page, index = divmod(request.ordinal, PAGE)
-        group = OutcomeGroup(
-            Outcome.ACCEPTED, Reason.SETTLED_BY_WEBHOOK, "", request.generation, (index,)
-        )
+        reason = Reason.SETTLED_BY_WEBHOOK
+        self._settled(request.ref, request.ordinal, request.generation, reason, number >> 4)
+        return True
+
+    def _settled(
+        self, ref: LedgerRef, ordinal: int, generation: int, reason: Reason, part: int
+    ) -> None:
+        world = self.world
+        page, index = divmod(ordinal, PAGE)
+        group = OutcomeGroup(Outcome.ACCEPTED, reason, "", generation, (index,))
         outcomes = Outcomes(
-            TENANT,
-            RunId(request.run),
-            LegId(request.leg),
-            SNAPSHOT,
-            request.ref.shard,
-            page,
-            world.now,
-            (group,),
+            ref.tenant, ref.run, ref.leg, SNAPSHOT, ref.shard, page, world.now, (group,)
         )
-        world.topics["outcomes"].append(outcomes, number >> 4)
+        world.topics["outcomes"].append(outcomes, part)
         world.progress += 1
+
+    def settle_by_hand(self, number: int) -> bool:
+        """Somebody asks the provider about an unknown, and settles it: ledger first."""
+        world = self.world
+        if world.real is not None:
+            return False
+        unknown = [
+            (ref, ordinal, matter)
+            for ref, shard in world.redis.ledger.shards.items()
+            for ordinal, entry in shard.entries.items()
+            if isinstance(matter := entry.matter, Held)
+        ]
+        if not unknown:
+            return False
+        ref, ordinal, held = unknown[number % len(unknown)]
+        # The provider can only tell of what has reached it.
+        if any((one.ref, one.ordinal) == (ref, ordinal) for one in world.network):
+            return False
+        recipient = person(ref.shard, ordinal)
+        accepted = (ref.run, ref.leg, recipient) in world.truth.accepted
+        world.operations += 1
+        world.redis.ledger.settle_by_hand(ref, ordinal, held, accepted)
+        world.faults["unknown settled by hand"] += 1
+        world.say(f"{ref.run}/{ref.leg} to {recipient} is settled by hand: {accepted=}")
+        if accepted:
+            reason = Reason.SETTLED_BY_HAND
+            self._settled(ref, ordinal, held.generation, reason, number >> 4)
+        else:
+            page, index = divmod(ordinal, PAGE)
+            one = Reorder(ref.leg, ref.shard, page, bitmap_bytes(1 << index))
+            self._command(ref.run, CommandKind.REORDER, number >> 4, reorders=(one,))
         return True
 
     # time, and many small steps at once
@@ -367,8 +398,8 @@ class Simulation:
         self.unknown = invariants.at_the_end(world, campaigns, delivery)
 
 
-def _answer(verdict: Verdict, **more: timedelta) -> Answer:
-    return Answer(verdict, verdict.value, **more)
+def _answer(verdict: Verdict, retry_after: timedelta | None = None) -> Answer:
+    return Answer(verdict, verdict.value, retry_after=retry_after)
 
 
 _ANSWERS = {
@@ -463,6 +494,7 @@ _EVENTS: dict[str, tuple[int, _Do]] = {
     "outcomes repeated": (3, lambda s, n: s.repeat(n, "outcomes")),
     "command repeated": (2, lambda s, n: s.repeat(n, "commands")),
     "webhook": (2, Simulation.webhook),
+    "settled by hand": (4, Simulation.settle_by_hand),
 }
 """What happens now and then."""
 _BEGINNING = ("campaigns run", "campaigns run", "delivery run")

@@ -6,9 +6,18 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from schemas import recipient_bytes
+from schemas.ids import LegId
 from schemas.pages import bitmap_from, indexes_of
 from schemas.reasons import Lane, Outcome, Reason, RunStatus
-from schemas.records import CampaignSpec, Outcomes, PageOrder, PageResult, WindowKind
+from schemas.records import (
+    CampaignSpec,
+    DeferGroup,
+    Outcomes,
+    PageOrder,
+    PageResult,
+    SkipGroup,
+    WindowKind,
+)
 from schemas.tables import StepKind
 from tests.simulation.world import PAGE, Record, Request, Violation, World, person
 from transforms import books
@@ -41,8 +50,8 @@ def coordinated(world: World, run: str, coordinator: Coordinator, effects: Effec
         raise Violation(f"{run} is completed with {memory.pending} pending")
     if not memory.dirty:
         return
-    opened: Counter[str] = Counter()
-    deferred: Counter[str] = Counter()
+    opened: Counter[LegId] = Counter()
+    deferred: Counter[LegId] = Counter()
     for key, page in memory.pages.items():
         held = 0
         for bits, counts in (
@@ -74,7 +83,8 @@ def decided(world: World, order: PageOrder, spec: CampaignSpec, what: PageDecisi
     """After a decision: who a cap refuses has had messages of others, and every ordinal is told."""
     result = what.result
     told = bitmap_from(result.sends)
-    for group in (*result.skips, *result.deferrals):
+    groups: tuple[SkipGroup | DeferGroup, ...] = (*result.skips, *result.deferrals)
+    for group in groups:
         bits = bitmap_from(group.ordinals)
         if told & bits:
             raise Violation(f"decide says two things of {order.run} {order.shard}.{order.page}")
@@ -242,8 +252,8 @@ def at_the_end(world: World, campaigns: Campaigns, delivery: Delivery) -> int:
                 )
     if unknown > world.truth.unknown_bound:
         raise Violation(f"{unknown} unknown, {world.truth.unknown_bound} could be in doubt")
-    for ref, shard in world.redis.ledger.shards.items():
-        for ordinal, entry in shard.entries.items():
+    for ref, ledger in world.redis.ledger.shards.items():
+        for ordinal, entry in ledger.entries.items():
             if isinstance(entry.matter, Claim):
                 raise Violation(f"a claim is left in the ledger {ref.run}/{ref.leg} at {ordinal}")
             took = world.truth.accepted.get((ref.run, ref.leg, person(ref.shard, ordinal)))

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 import transforms.coordinate
 from schemas.codec import to_millis
 from schemas.errors import Unavailable
@@ -56,12 +58,9 @@ Record = Command | PageResult | Outcomes | ConsentChange | Send
 @contextmanager
 def small_pages() -> Iterator[None]:
     """Let coordinate count pages of ``PAGE`` recipients."""
-    usual = transforms.coordinate.PAGE_SIZE
-    transforms.coordinate.PAGE_SIZE = PAGE
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transforms.coordinate, "PAGE_SIZE", PAGE)
         yield
-    finally:
-        transforms.coordinate.PAGE_SIZE = usual
 
 
 class Violation(AssertionError):
