@@ -10,6 +10,7 @@ over again: the ledger knows what became of each message.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,7 +26,8 @@ from schemas.codec import decode, encode, to_millis
 from schemas.errors import MalformedRecord
 from schemas.pages import DELIVERY_FLINK_KEYS, DELIVERY_KEYS, delivery_key
 from schemas.records import Send
-from transforms.delivery import Collected
+from transforms.delivery import Collected, ledger_name
+from transforms.metrics import DELIVERY, DELIVERY_GROUP
 from transforms.routing import shard_number
 
 
@@ -35,14 +37,17 @@ class Engine(Protocol):
     def start(self) -> None:
         """Start the loop."""
 
-    def take_over(self, key: int, marks: Mapping[str, str]) -> None:
-        """Before anything else of a delivery key: how far its ledgers were seen."""
+    def take_over(self, key: int) -> None:
+        """Before anything else of a delivery key."""
 
-    def submit(self, key: int, name: str, send: Send) -> None:
-        """Owe the recipients of a send an outcome."""
+    def submit(self, key: int, name: str, send: Send, mark: str | None) -> None:
+        """Owe the recipients of a send an outcome; ``mark``: how far its ledger was seen."""
 
     def collect(self, key: int) -> Collected:
         """What is done since the last call."""
+
+    def counts(self) -> Mapping[str, int]:
+        """Counters since the start, by the names of ``transforms.metrics.DELIVERY``."""
 
     def stop(self) -> None:
         """Start nothing new, let requests in flight finish within their deadline, end the loop."""
@@ -81,6 +86,10 @@ class DeliveryOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._gate = DeadLetterGate("delivery", parts.dead_letter_ratio, parts.dead_letter_window)
         self._armed: dict[int, int] = {}
         self._taken: set[int] = set()
+        metrics = runtime_context.get_metrics_group().add_group(DELIVERY_GROUP)
+        self._metrics = {name: metrics.counter(name) for name in DELIVERY}
+        self._counted = dict.fromkeys(DELIVERY, 0)
+        self._count_at = 0.0
         self._engine = parts.engine()
         self._engine.start()
 
@@ -97,6 +106,7 @@ class DeliveryOperator(KeyedProcessFunction):  # type: ignore[misc]
         try:
             send = decode(data, Send)
         except MalformedRecord as error:
+            self._metrics["malformed"].inc()
             now = datetime.now(UTC)
             source = self._parts.source_name
             yield self._gate.letter(data, error, now, step="read", source=source)
@@ -105,7 +115,7 @@ class DeliveryOperator(KeyedProcessFunction):  # type: ignore[misc]
         name = work_name(send)
         self._take_over(key)
         self._sends.put(name, data)
-        self._engine.submit(key, name, send)
+        self._engine.submit(key, name, send, self._marks.get(ledger_name(send)))
         self._arm(key, ctx, _BEAT_MS)
 
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[bytes]:
@@ -122,6 +132,7 @@ class DeliveryOperator(KeyedProcessFunction):  # type: ignore[misc]
             self._marks.put(ledger, mark)
         for name in collected.finished:
             self._sends.remove(name)
+        self._count()
         if collected.owed:
             self._arm(key, ctx, _BEAT_MS if collected.moving else _PARKED_BEAT_MS)
 
@@ -130,16 +141,29 @@ class DeliveryOperator(KeyedProcessFunction):  # type: ignore[misc]
         if key in self._taken:
             return
         self._taken.add(key)
-        self._engine.take_over(key, dict(self._marks.items()))
+        self._engine.take_over(key)
         for name, data in self._sends.items():
-            self._engine.submit(key, name, decode(bytes(data), Send))
+            send = decode(bytes(data), Send)
+            self._engine.submit(key, name, send, self._marks.get(ledger_name(send)))
 
     def _arm(self, key: int, ctx: KeyedProcessFunction.Context, beat_ms: int) -> None:
-        if key in self._armed:
-            return
+        """Collect after a beat; a later timer that is set already finds itself superseded."""
         at = to_millis(datetime.now(UTC)) + beat_ms
+        if self._armed.get(key, at + 1) <= at:
+            return
         self._armed[key] = at
         ctx.timer_service().register_processing_time_timer(at)
+
+    def _count(self) -> None:
+        """Pass the loop's counters on to Flink, once a second."""
+        now = time.monotonic()
+        if now < self._count_at:
+            return
+        self._count_at = now + 1
+        for name, count in self._engine.counts().items():
+            if count != self._counted[name]:
+                self._metrics[name].inc(count - self._counted[name])
+                self._counted[name] = count
 
 
 _KEY_OF_FLINK_KEY = {flink: key for key, flink in enumerate(DELIVERY_FLINK_KEYS)}

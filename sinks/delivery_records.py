@@ -16,7 +16,7 @@ from schemas.records import (
     Send,
 )
 from sinks.delivery_work import Completion
-from transforms.delivery import REPLAYABLE
+from transforms.delivery import REPEATED, REPLAYABLE
 
 
 def records_of(done: Sequence[Completion]) -> list[Outcomes | DeadLetter | ConsentChange]:
@@ -29,7 +29,14 @@ def records_of(done: Sequence[Completion]) -> list[Outcomes | DeadLetter | Conse
         send = completions[0].work.send
         groups: dict[tuple[object, ...], list[Completion]] = {}
         for one in completions:
-            group = (one.outcome, one.reason, one.provider, one.generation, one.attempts)
+            group = (
+                one.outcome,
+                one.reason,
+                one.provider,
+                one.generation,
+                one.attempts,
+                one.repeated,
+            )
             groups.setdefault(group, []).append(one)
         records.append(
             Outcomes(
@@ -55,6 +62,9 @@ def records_of(done: Sequence[Completion]) -> list[Outcomes | DeadLetter | Conse
 def _group(members: Sequence[Completion]) -> OutcomeGroup:
     first = members[0]
     ids = tuple(one.provider_id for one in members)
+    detail = next((one.detail for one in members if one.detail), "")
+    if first.repeated:
+        detail = f"{REPEATED}; {detail}" if detail else REPEATED
     return OutcomeGroup(
         first.outcome,
         first.reason,
@@ -63,7 +73,7 @@ def _group(members: Sequence[Completion]) -> OutcomeGroup:
         tuple(one.index for one in members),
         ids if any(ids) else (),
         first.attempts,
-        next((one.detail for one in members if one.detail), ""),
+        detail,
     )
 
 

@@ -1,8 +1,11 @@
 """One ledger's desk: claims and settlements of a ledger, one call at a time.
 
 The ledger carries out at most one call per sequence number, so calls of one ledger are made one
-after the other; while one is under way the next gathers. A call whose answer was lost is repeated:
-the ledger finds what was done, or does it.
+after the other; while one is under way the next gathers. A call whose answer was lost is repeated
+until it is answered: the ledger finds what was done, or does it.
+
+While a ledger is refused (absent, or older than it was seen) nothing is claimed: questions are
+handed back, settlements are kept, and the ledger is looked at until it is sound again.
 """
 
 from __future__ import annotations
@@ -11,10 +14,9 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from schemas.errors import Corrupt, Fenced, MissingLedger, Unavailable
+from schemas.errors import Corrupt, Fenced, LedgerRolledBack, MissingLedger, Unavailable
 from transforms.ledger import (
     Ask,
     Claims,
@@ -26,15 +28,20 @@ from transforms.ledger import (
     Settlement,
     Settlements,
     Verdict,
+    rolled_back,
 )
 
 log = logging.getLogger(__name__)
 
 LARGEST_CALL = 64
 """Items of one call: a script blocks Redis while it runs, at about 10 µs an item."""
+CROWD = 2
+"""Questions that a desk takes at a time: one under way and one ready to follow it."""
 _FIRST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 1.0
-_REFUSED_WAIT_S = 2.0
+_REFUSED_WAIT_S = 1.0
+
+Answered = TypeVar("Answered", Claims, Settlements)
 
 
 class Ledger(Protocol):
@@ -54,17 +61,26 @@ class Ledger(Protocol):
         """Record what became of claimed requests."""
 
 
-OnVerdicts = Callable[[Sequence[Verdict]], None]
-OnSettled = Callable[[Settled], None]
-
-
-@dataclass(slots=True)
-class Question:
+class Question(Protocol):
     """Claims asked for together, and who wants to know."""
 
     scopes: tuple[str, ...]
     asks: Sequence[Ask]
-    answer: OnVerdicts
+
+    def answer(self, verdicts: Sequence[Verdict]) -> None:
+        """The ledger's word."""
+
+    def withdraw(self) -> None:
+        """It was not asked, and won't be: the ledger is refused, or the desk closes."""
+
+    def late(self) -> None:
+        """The ledger does not answer for now. The answer follows."""
+
+    def impossible(self, error: Corrupt) -> bool:
+        """The ledger does not have such ordinals; whether that settles the question."""
+
+
+OnSettled = Callable[[Settled], None]
 
 
 class LedgerDesk:
@@ -76,6 +92,7 @@ class LedgerDesk:
         ref: LedgerRef,
         owner: Callable[[], Awaitable[Owner]],
         seen: Seen | None,
+        news: Callable[[], None],
         fenced: Callable[[Exception], None],
         failed: Callable[[BaseException], None],
     ) -> None:
@@ -85,32 +102,55 @@ class LedgerDesk:
         """What Flink's state knows; the owner of the desk keeps it."""
         self.refused = ""
         """Why the ledger can't be used at present; empty while it can."""
+        self.users = 0
+        """Works that need the desk; the owner of the desk keeps it."""
         self._ledger = ledger
         self._owner = owner
+        self._news = news
         self._fenced = fenced
         self._failed = failed
         self._questions: deque[Question] = deque()
+        self._asked: tuple[Question, ...] = ()
         self._settlements: deque[tuple[Settlement, OnSettled]] = deque()
+        self._alone = 0
+        self._calling = False
+        self._closed = False
+        self._told = ""
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether another question had better wait where it is."""
+        return (
+            bool(self.refused) or self._closed or len(self._questions) + len(self._asked) >= CROWD
+        )
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits for an answer."""
-        return self._task is None
+        return not (self._calling or self._questions or self._settlements)
 
     def ask(self, question: Question) -> None:
-        """Claim; the answer comes by the question's callback."""
+        """Claim; the question hears of it."""
+        if self._closed:
+            question.withdraw()
+            return
         self._questions.append(question)
         self._wake()
 
     def settle(self, settlement: Settlement, on_settled: OnSettled) -> None:
         """Settle; the answer comes by the callback, after the ledger has it."""
+        if self._closed:
+            return
         self._settlements.append((settlement, on_settled))
         self._wake()
 
-    def drop_questions(self) -> None:
-        """Forget claims not asked yet: the engine stops."""
+    def close_questions(self) -> None:
+        """Hand back what was not asked yet: the engine stops. Settlements are still made."""
+        waiting = tuple(self._questions)
         self._questions.clear()
+        for question in waiting:
+            question.withdraw()
 
     def _wake(self) -> None:
         if self._task is None:
@@ -118,66 +158,138 @@ class LedgerDesk:
 
     async def _work(self) -> None:
         try:
-            while self._settlements or self._questions:
-                if self._settlements:
-                    await self._settle_some()
-                if self._questions:
-                    await self._ask_one()
+            while self._settlements or self._questions or self.refused:
+                try:
+                    if self.refused:
+                        await self._look_again()
+                    if self._settlements:
+                        await self._settle_some()
+                    if self._questions:
+                        await self._ask_some()
+                except (MissingLedger, Corrupt) as error:
+                    self._refuse(error)
         except Fenced as error:
+            self._close()
             self._fenced(error)
         except Exception as error:  # a defect: the job must fail, not wait for ever
+            self._close()
             self._failed(error)
         finally:
             self._task = None
 
+    def _close(self) -> None:
+        """Whoever waits is told or forgotten: a successor reads in the ledger what was done."""
+        self._closed = True
+        self._settlements.clear()
+        self._withdraw_asked()
+        self.close_questions()
+
+    def _withdraw_asked(self) -> None:
+        asked, self._asked = self._asked, ()
+        for question in asked:
+            question.withdraw()
+
+    def _refuse(self, error: Exception) -> None:
+        """Nothing is sent on a ledger that is gone or older than it was: wait for repair."""
+        if self._told != str(error):
+            log.error("%s", error)
+        self.refused = self._told = str(error)
+        self._withdraw_asked()
+        self.close_questions()
+
+    async def _look_again(self) -> None:
+        await asyncio.sleep(_REFUSED_WAIT_S)
+        try:
+            found = await self._ledger.look(self.ref, await self._owner())
+        except Unavailable:
+            return
+        if self.seen is None:
+            self.seen = found
+        if found.dataset != self.seen.dataset or found.seq < self.seen.seq:
+            raise LedgerRolledBack(rolled_back(self.ref, found.dataset, found.seq, self.seen))
+        self.refused = ""
+        self._news()
+
     async def _settle_some(self) -> None:
-        taken = [
-            self._settlements.popleft() for _ in range(min(LARGEST_CALL, len(self._settlements)))
-        ]
-        wanted = [settlement for settlement, _ in taken]
+        size = min(LARGEST_CALL, len(self._settlements))
+        # Kept in the queue until the ledger has them: a refused ledger is settled when it is back.
+        wanted = [self._settlements[at][0] for at in range(size)]
 
         async def call(owner: Owner, seen: Seen) -> Settlements | Moved:
             return await self._ledger.settle(self.ref, owner, seen, wanted)
 
         done = await self._insist(call)
-        if isinstance(done, Settlements):
-            for (_, on_settled), settled in zip(taken, done.answers, strict=True):
-                on_settled(settled)
+        for settled in done.answers:
+            _, on_settled = self._settlements.popleft()
+            on_settled(settled)
 
-    async def _ask_one(self) -> None:
-        question = self._questions.popleft()
+    async def _ask_some(self) -> None:
+        """Ask questions of the same scopes together; one by one where one spoilt the call."""
+        together = [self._questions.popleft()]
+        size = len(together[0].asks)
+        while self._questions and not self._alone:
+            size += len(self._questions[0].asks)
+            if size > LARGEST_CALL or self._questions[0].scopes != together[0].scopes:
+                break
+            together.append(self._questions.popleft())
+        self._alone = max(0, self._alone - 1)
+        try:
+            await self._ask(tuple(together))
+        except LedgerRolledBack:
+            raise
+        except Corrupt as error:
+            if len(together) > 1:
+                self._asked = ()
+                self._alone = len(together)
+                self._questions.extendleft(reversed(together))
+            elif together[0].impossible(error):
+                self._asked = ()
+            else:
+                raise
+
+    async def _ask(self, questions: tuple[Question, ...]) -> None:
+        asks = [ask for question in questions for ask in question.asks]
+        scopes = questions[0].scopes
 
         async def call(owner: Owner, seen: Seen) -> Claims | Moved:
-            return await self._ledger.claim(self.ref, owner, seen, question.scopes, question.asks)
+            return await self._ledger.claim(self.ref, owner, seen, scopes, asks)
 
+        self._asked = questions
         done = await self._insist(call)
-        if isinstance(done, Claims):
-            question.answer(done.verdicts)
+        self._asked = ()
+        begin = 0
+        for question in questions:
+            end = begin + len(question.asks)
+            question.answer(done.verdicts[begin:end])
+            begin = end
 
-    async def _insist(
-        self, call: Callable[[Owner, Seen], Awaitable[Claims | Settlements | Moved]]
-    ) -> Claims | Settlements:
-        """Repeat a call until it is carried out. Raises ``Fenced`` only."""
+    async def _insist(self, call: Callable[[Owner, Seen], Awaitable[Answered | Moved]]) -> Answered:
+        """Repeat a call until it is answered.
+
+        Raises ``Fenced``, ``MissingLedger``, ``Corrupt``: it was refused whole.
+        """
         wait_s = _FIRST_WAIT_S
-        while True:
-            try:
-                owner = await self._owner()
-                if self.seen is None:
-                    self.seen = await self._ledger.look(self.ref, owner)
-                answer = await call(owner, self.seen)
-            except Unavailable as error:
-                log.warning("%s: %s; trying again", self.ref, error)
-                await asyncio.sleep(wait_s)
-                wait_s = min(_LONGEST_WAIT_S, wait_s * 2)
-                continue
-            except (MissingLedger, Corrupt) as error:
-                # Nothing is sent on a ledger that is gone or older than it was: wait for repair.
-                if self.refused != str(error):
-                    log.error("%s", error)
-                self.refused = str(error)
-                await asyncio.sleep(_REFUSED_WAIT_S)
-                continue
-            self.refused = ""
-            self.seen = Seen(self.seen.dataset, answer.seq)
-            if not isinstance(answer, Moved):
-                return answer
+        self._calling = True
+        try:
+            while True:
+                try:
+                    owner = await self._owner()
+                    if self.seen is None:
+                        self.seen = await self._ledger.look(self.ref, owner)
+                    answer = await call(owner, self.seen)
+                except Unavailable as error:
+                    if wait_s == _FIRST_WAIT_S:
+                        log.warning("%s: %s; trying until it does", self.ref, error)
+                        for question in self._asked:
+                            question.late()
+                    await asyncio.sleep(wait_s)
+                    wait_s = min(_LONGEST_WAIT_S, wait_s * 2)
+                    continue
+                self.seen = Seen(self.seen.dataset, answer.seq)
+                if not isinstance(answer, Moved):
+                    if self._told:
+                        log.warning("%s: the ledger can be used again", self.ref)
+                        self._told = ""
+                    return answer
+        finally:
+            self._calling = False

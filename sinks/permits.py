@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+
+
+@dataclass(slots=True)
+class _Place:
+    """Somebody who waits."""
+
+    taken: asyncio.Future[int]
+    wanted: int
+    least: int
 
 
 class Permits:
-    """A first-come, first-served count of free places. Belongs to one event loop."""
+    """A first-come, first-served count of free places. Belongs to one event loop.
 
-    def __init__(self, count: int) -> None:
+    Whoever waits is given ``quantum`` places at once if it wants so many: one by one, each freed
+    place would cost its own round of shared calls. After ``patience`` one place is enough, so that
+    hanging requests can't keep the rest from being used.
+    """
+
+    def __init__(
+        self, count: int, quantum: int = 1, patience: timedelta = timedelta(milliseconds=5)
+    ) -> None:
         self.total = count
         self.free = count
-        self._waiting: deque[tuple[asyncio.Future[int], int]] = deque()
+        self._quantum = max(1, min(quantum, count))
+        self._patience_s = patience.total_seconds()
+        self._waiting: deque[_Place] = deque()
 
     @property
     def taken(self) -> int:
@@ -20,27 +40,40 @@ class Permits:
         return self.total - self.free
 
     async def take(self, wanted: int) -> int:
-        """Wait until a place is free, then take up to ``wanted``; says how many."""
-        if self.free and not self._waiting:
+        """Wait until places are free, then take up to ``wanted``; says how many: at least one."""
+        least = min(wanted, self._quantum)
+        if self.free >= least and not self._waiting:
             taken = min(wanted, self.free)
             self.free -= taken
             return taken
-        place: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append((place, wanted))
+        loop = asyncio.get_running_loop()
+        place = _Place(loop.create_future(), wanted, least)
+        self._waiting.append(place)
+        timer = loop.call_later(self._patience_s, self._content_with_one, place)
         try:
-            return await place
+            return await place.taken
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self.give(place.result())
+            if place.taken.done() and not place.taken.cancelled():
+                self.give(place.taken.result())
             raise
+        finally:
+            timer.cancel()
 
     def give(self, count: int) -> None:
         """Give places back."""
         self.free += count
-        while self.free and self._waiting:
-            place, wanted = self._waiting.popleft()
-            if place.done():
+        while self._waiting:
+            place = self._waiting[0]
+            if place.taken.done():
+                self._waiting.popleft()
                 continue
-            taken = min(wanted, self.free)
+            if self.free < place.least:
+                return
+            self._waiting.popleft()
+            taken = min(place.wanted, self.free)
             self.free -= taken
-            place.set_result(taken)
+            place.taken.set_result(taken)
+
+    def _content_with_one(self, place: _Place) -> None:
+        place.least = 1
+        self.give(0)

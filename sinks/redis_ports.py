@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 from schemas.ids import LegId, RunId, Tenant
 from schemas.reasons import Lane, RunStatus
@@ -58,6 +59,10 @@ class RedisLedger:
         """Record what became of claimed requests."""
         return await ledger.settle(self._client, ref, owner, seen, settlements)
 
+    async def close(self) -> None:
+        """Let the connections go."""
+        await _close(self._client)
+
 
 class RedisShaper:
     """The token buckets as delivery's loop calls them."""
@@ -82,6 +87,10 @@ class RedisShaper:
     ) -> None:
         """What the provider said since the last report."""
         await shaping.report(self._client, route, accepted, failed, throttled)
+
+    async def close(self) -> None:
+        """Let the connections go."""
+        await _close(self._client)
 
 
 class RedisRegistry:
@@ -142,6 +151,12 @@ class RedisOptOuts:
             recipient_key(tenant, recipient_id),
             [scope(channel, topic)],
         )
+
+
+async def _close(client: AsyncClient) -> None:
+    close: Any = client.aclose  # type: ignore[attr-defined]  # redis-py's stubs lack it
+    await close()
+    await client.connection_pool.disconnect()
 
 
 def connect_ledger(url: str) -> RedisLedger:

@@ -14,7 +14,7 @@ from enum import Enum
 
 from schemas.message import Answer, Verdict
 from schemas.reasons import Lane, Outcome, Reason, RunStatus
-from schemas.records import ConsentChange, DeadLetter, Outcomes
+from schemas.records import ConsentChange, DeadLetter, Outcomes, Send
 from transforms.ledger import Action, Closed, Held, Settled, SettledKind, Settlement, VerdictKind
 from transforms.ledger import Verdict as LedgerVerdict
 from transforms.shaping import Circuit, Grant
@@ -253,6 +253,8 @@ def _again(
     spent = on_route >= policy.attempts or answer.verdict is Verdict.ACCOUNT
     if spent and tries.route + 1 < routes:
         return Next(SettleAction.RELEASE, wait=timedelta(0), tries=Tries(tries.route + 1, 0, total))
+    if on_route >= policy.attempts and answer.verdict is Verdict.IN_DOUBT:
+        return Next(SettleAction.HOLD, Outcome.UNKNOWN, Reason.NO_ANSWER)
     if on_route >= policy.attempts:
         account = answer.verdict is Verdict.ACCOUNT
         reason = Reason.ACCOUNT_REFUSED if account else Reason.RETRIES_EXHAUSTED
@@ -275,6 +277,15 @@ REPLAYABLE = frozenset(
     }
 )
 """Failures that somebody can mend and replay: they become dead letters beside their outcome."""
+
+
+REPEATED = "repeated: an earlier request may have arrived as well"
+"""How the outcome of a message begins its detail that left again although one was in doubt."""
+
+
+def ledger_name(send: Send) -> str:
+    """The name of a send's ledger in Flink's state."""
+    return f"{send.tenant}/{send.run}/{send.leg}/{send.shard}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from schemas.errors import RenderingFailed
 from schemas.ids import LegId, RecipientId, RunId, Tenant, send_id
 from schemas.message import Message, Sender
 from schemas.reasons import Channel
@@ -87,12 +88,15 @@ def message_to(
     """The message to the ``index``-th recipient of a page.
 
     ``reference`` is ``shard.ordinal.generation``: it travels with the message and comes back in
-    webhooks, so that they name the recipient without an address. ``clock`` gives monotonic seconds;
+    webhooks, so that they name the recipient without an address. ``clock`` gives seconds spent;
     rendering is stopped by it.
 
     Raises:
         RenderingFailed: the template fails on this person's data, or the address is missing.
     """
+    address = body.email(index)
+    if not address:
+        raise RenderingFailed("the recipient has no e-mail address in the snapshot")
     attributes = body.attributes(index)
     values: dict[str, object] = dict(attributes)
     for variable, default in context.defaults.items():
@@ -111,7 +115,7 @@ def message_to(
         tenant=context.tenant,
         run=context.run,
         leg=context.leg,
-        to_address=body.email(index) or "",
+        to_address=address,
         to_name=name,
         sender=context.sender,
         content=content,
