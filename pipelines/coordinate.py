@@ -206,8 +206,10 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
             return LaunchFacts(ObjectId(""), (), (str(error),))
         manifest = snapshot.manifest
         problems = list(self._parts.examine(spec, manifest))
-        if not problems:
-            problems = list(_unrenderable(spec, snapshot))
+        try:
+            problems = problems or list(_unrenderable(spec, snapshot))
+        except FanfareError as error:
+            problems = [f"the templates can't be tried: {error}"]
         spec_id = self._snapshots.put_object("spec", encode(spec))
         counts = tuple(manifest.shard_size(shard) for shard in range(manifest.shards))
         return LaunchFacts(spec_id, counts, tuple(problems))

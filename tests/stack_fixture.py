@@ -1,4 +1,4 @@
-"""The embedded stack for tests: `stack`, the whole of it, once a session.
+"""The embedded stack for tests: `stack`, the whole of it, once a session; `jobs`, on it.
 
 With FANFARE_TEST_HOME set, the tests attach to the stack of that home and leave it running,
 which saves its start while one works on a test; without, a stack of their own is brought up in
@@ -11,12 +11,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from stack import lifecycle
+from stack import flink_jobs, lifecycle
+from stack.jobs import JOBS, start_jobs
 from stack.layout import Home, State, home, processes
 from stack.supervisor import leftovers
 
@@ -47,6 +49,37 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
         return
     with running_stack(tmp_path_factory.mktemp("stack")) as where:
         yield where
+
+
+@dataclass(slots=True)
+class RunningJobs:
+    """The jobs of the embedded stack, and their Flink ids by our names."""
+
+    home: Home
+    ids: dict[str, str] = field(default_factory=dict)
+
+    def ensure(self) -> None:
+        """Have all of them run, each subtask."""
+        self.ids = start_jobs(self.home)
+        for job_id in self.ids.values():
+            flink_jobs.wait_running(self.home, job_id)
+
+    def cancel(self) -> None:
+        """End them: the slots are for others now."""
+        ours = {job.name for job in JOBS.values()}
+        for job in flink_jobs.running_jobs(self.home):
+            if job.name in ours:
+                flink_jobs.cancel(self.home, job.id)
+
+
+@pytest.fixture(scope="session")
+def running_jobs(stack: Home) -> Iterator[RunningJobs]:
+    """The stack's jobs, started once, with nothing between them and Kafka changed."""
+    jobs = RunningJobs(stack)
+    jobs.ensure()
+    yield jobs
+    if not os.environ.get("FANFARE_TEST_HOME"):
+        jobs.cancel()
 
 
 def eventually(

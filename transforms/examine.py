@@ -41,12 +41,15 @@ def _template_misfits(where: str, leg: LegSpec, known: frozenset[str]) -> Iterat
         )
 
 
-TRIED = 5
+TRIED = 20
 """People on whom the templates of a launch are tried."""
+_TRIED_RECEIVER = "https://unsubscribe.invalid"
+_TRIED_SECRET = bytes(32)
+"""No message leaves with such a link: it is only as long as a real one."""
 
 
 def unrenderable(spec: CampaignSpec, ids: Sequence[str], body: Body) -> Iterator[str]:
-    """The legs whose template fails on everybody of a few people, spread over a page.
+    """The legs whose template fails on everybody of some people, spread over a page.
 
     A template that loops for ever, prints nothing or reads what nobody has is refused before
     anything is sent; one that fails on some people's data fails for those alone, when they are
@@ -55,13 +58,15 @@ def unrenderable(spec: CampaignSpec, ids: Sequence[str], body: Body) -> Iterator
     reachable = [index for index in range(len(ids)) if body.email(index)]
     tried = reachable[:: max(1, len(reachable) // TRIED)][:TRIED]
     for position, leg in enumerate(spec.legs):
-        context = leg_context(spec, leg, "https://unsubscribe.invalid", b"tried")
+        context = leg_context(spec, leg, _TRIED_RECEIVER, _TRIED_SECRET)
         failures: list[str] = []
         for index in tried:
             try:
                 message_to(context, RecipientId(ids[index]), body, index, "", lambda: 0.0)
             except RenderingFailed as error:
                 failures.append(str(error))
+            else:
+                break
         if tried and len(failures) == len(tried):
             yield (
                 f"legs[{position}]: the template failed on each of {len(tried)} people that it was "

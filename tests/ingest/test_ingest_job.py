@@ -62,6 +62,7 @@ class World:
         admin.create_topics([NewTopic(prefix + topic.name, 2, 1) for topic in topics.TOPICS])
         admin.close()
         self.producer = KafkaProducer(bootstrap_servers=self.at.kafka, acks="all", linger_ms=5)
+        self.jobs: list[str] = []
 
     def put(self, topic: str, *values: bytes) -> None:
         for value in values:
@@ -97,13 +98,14 @@ def world(stack: Home, monkeypatch: pytest.MonkeyPatch, request: Any) -> Iterato
     made = World(stack, prefix)
     yield made
     for job in flink_jobs.running_jobs(stack):
-        if job.name == "fanfare-webhook-ingest":
+        if job.id in made.jobs:
             flink_jobs.cancel(stack, job.id)
     made.close()
 
 
 def submitted(world: World) -> str:
     job = flink_jobs.submit(world.home, JOB, parallelism=1)
+    world.jobs.append(job)
     flink_jobs.wait_running(world.home, job)
     return job
 
