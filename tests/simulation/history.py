@@ -40,7 +40,7 @@ from tests.simulation.world import (
 from transforms.ledger import BIT, Held, LedgerRef, Seen
 
 Event = tuple[str, int]
-_DRAIN_ROUNDS = 2000
+_DRAIN_ROUNDS = 6000
 _ALL = 112
 """Of the campaigns job: all that there is to do."""
 
@@ -160,6 +160,7 @@ class Simulation:
         world = self.world
         counts = world.setup.counts
         people = [f"p{shard}{i}" for shard, count in enumerate(counts) for i in range(count)]
+        world.pass_time(timedelta(milliseconds=1))
         status = ConsentStatus.GRANTED if number >> 4 & 3 == 0 else ConsentStatus.WITHDRAWN
         world.commands += 1
         change = ConsentChange(

@@ -18,7 +18,7 @@ from schemas.records import (
     SkipGroup,
     WindowKind,
 )
-from schemas.tables import StepKind
+from schemas.tables import EXCLUSIVE_KINDS, StepKind
 from tests.simulation.world import PAGE, Record, Request, Violation, World, person
 from transforms import books
 from transforms.coordinate import Coordinator, Effects
@@ -189,6 +189,29 @@ def _steps(world: World, run: str) -> list[books.Step]:
     return steps
 
 
+def _without_echoes(steps: list[books.Step]) -> list[books.Step]:
+    """The rows without what a replay says of a message that another generation had accepted.
+
+    A replay that finds the accepted bit says accepted in its own generation, also where that one
+    had failed and a later one was sent: no contradiction.
+    """
+    accepted: dict[tuple[str, int, int], set[int]] = {}
+    refused: set[tuple[str, int, int, int]] = set()
+    for step in steps:
+        place = step.leg, step.shard, step.ordinal
+        if step.kind is StepKind.ACCEPTED:
+            accepted.setdefault(place, set()).add(step.generation)
+        elif step.kind in EXCLUSIVE_KINDS:
+            refused.add((*place, step.generation))
+    return [
+        step
+        for step in steps
+        if step.reason != Reason.LEDGER_ACCEPTED.value
+        or (step.leg, step.shard, step.ordinal, step.generation) not in refused
+        or accepted[step.leg, step.shard, step.ordinal] == {step.generation}
+    ]
+
+
 def _rows(record: PageResult | Outcomes) -> list[books.Step]:
     base = record.page * PAGE
     rows: list[tuple[StepKind, Reason | None, int, list[int]]] = []
@@ -228,7 +251,7 @@ def at_the_end(world: World, campaigns: Campaigns, delivery: Delivery) -> int:
             continue
         steps = _steps(world, run)
         legs = [leg.leg for leg in spec.legs]
-        counts = books.count(steps, world.setup.counts, legs)
+        counts = books.count(_without_echoes(steps), world.setup.counts, legs)
         verdict = books.check(
             counts,
             books.Coordinator(state.status.value, world.now, memory.pending, counts.audience),

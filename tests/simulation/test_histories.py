@@ -48,6 +48,7 @@ FAULTS = (
     "provider: error",
     "provider: account refused",
     "dead letter replayed",
+    "unknown settled by hand",
     "outcomes: record repeated",
     "commands: record repeated",
 )
