@@ -148,6 +148,13 @@ class IngestSettings(JobSettings):
 
     clickhouse: SecretStr
     """``http[s]://user:password@host:port[/database]``."""
+    redis: SecretStr = SecretStr("")
+    """Where the send ledger is. Empty: webhooks are taken in all the same, but settle no unknown
+    outcome, and the job says so at its start; a person settles them (``fanfare unknowns``)."""
+    reconcile_grace: timedelta = timedelta(seconds=2)
+    """Until an unknown is first looked after; waits double from there up to five minutes."""
+    reconcile_patience: timedelta = timedelta(days=7)
+    """How long webhooks may settle an unknown."""
     ingest_group: str = "fanfare-webhook-ingest"
     """Kafka consumer group; the lag of the books is measured by its committed offsets."""
     flush_after: timedelta = timedelta(milliseconds=500)

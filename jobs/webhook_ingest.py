@@ -12,7 +12,9 @@ from pipelines.webhook_ingest import IngestParts, build
 from schemas import topics
 from sinks import kafka
 from sinks.store import FileStore
+from sinks.unknowns import connect_settler
 from sinks.warehouse import Warehouse
+from transforms.reconcile import ReconcilePolicy
 from transforms.routing import TopicRouter
 
 _SOURCES = {
@@ -27,6 +29,8 @@ _SOURCES = {
 def main() -> None:
     """Wire the job with its settings and hand it to Flink."""
     settings = load(IngestSettings)
+    clickhouse = settings.clickhouse.get_secret_value()
+    redis = settings.redis.get_secret_value()
     flink = environment(settings, exactly_once=False)
     configuration = Configuration()
     configuration.set_string("python.metric.enabled", "true")
@@ -39,12 +43,16 @@ def main() -> None:
         first.union(*others),
         kafka.sink(settings.kafka, TopicRouter(settings.topic_prefix), transactions=None),
         IngestParts(
-            tables=partial(Warehouse, settings.clickhouse.get_secret_value()),
+            tables=partial(Warehouse, clickhouse),
             store=partial(FileStore, settings.store),
             flush_after=settings.flush_after,
             batch_rows=settings.batch_rows,
             dead_letter_ratio=settings.dead_letter_ratio,
             dead_letter_window=settings.dead_letter_window,
+            settler=partial(connect_settler, redis, clickhouse) if redis else None,
+            reconcile=ReconcilePolicy(
+                grace=settings.reconcile_grace, patience=settings.reconcile_patience
+            ),
         ),
         settings.parallelism,
         kafka.byte_type(),

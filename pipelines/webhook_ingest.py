@@ -1,15 +1,16 @@
 """The webhook-ingest job: what happened, into ClickHouse; what it means for consent, to Kafka.
 
     raw webhooks, page results, outcomes, runs, dead letters ─▶ ingest ─▶ ClickHouse
-                                                                  └─▶ consent, dead letters
+                                               consent, dead letters, outcomes ◀─┘
 
 All of it at least once; the tables make it count once. Python has no snapshot hook, so what is
 buffered is keyed state: a record is in the state until ClickHouse has acknowledged its rows, and a
 checkpoint between holds it. The keys are a few integers, one for each subtask, so that batches are
 large; nothing depends on which record has which key.
 
-An ``accepted`` that a webhook proves for a message whose outcome is unknown is not settled here:
-what settles it reads the ``processed`` and ``delivered`` events that this job writes.
+A message whose outcome is unknown becomes accepted when an event of it proves that the provider
+took it: ``pipelines.reconcile`` watches the unknowns that pass here, and what it finds is emitted
+as an outcome like delivery's.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pyflink.datastream.connectors.kafka import KafkaSink
 from pyflink.datastream.state import MapStateDescriptor
 
 from pipelines.dead_letters import DeadLetterGate
+from pipelines.reconcile import Reconciler, Settler
 from schemas.codec import decode, encode, name_of, to_millis
 from schemas.errors import (
     Corrupt,
@@ -49,6 +51,7 @@ from schemas.records import (
     RawWebhook,
     RunEvent,
 )
+from transforms.reconcile import ReconcilePolicy, unknowns_of
 from transforms.webhooks import SENDGRID, ConsentEffect, Parsed, parse_sendgrid
 
 log = logging.getLogger(__name__)
@@ -147,6 +150,9 @@ class IngestParts:
     batch_rows: int
     dead_letter_ratio: float
     dead_letter_window: int
+    settler: Callable[[], Settler] | None = None
+    """None: no ledger can be reached, and unknowns stay held until a person settles them."""
+    reconcile: ReconcilePolicy = field(default_factory=ReconcilePolicy)
 
 
 @dataclass(slots=True)
@@ -158,6 +164,9 @@ class _Buffer:
     tail: int
     weight: int = 0
     timer_ms: int = 0
+    look_ms: int = 0
+    """When the timer for unknowns is set; 0: it is not."""
+    unknowns: Reconciler | None = None
     failures: int = 0
     not_before: datetime = _LONG_AGO
 
@@ -176,6 +185,8 @@ class _Taken:
     consents: list[ConsentEffect] = field(default_factory=list)
     bad: list[_Bad] = field(default_factory=list)
     postponed: list[bytes] = field(default_factory=list)
+    unknowns: list[Outcomes] = field(default_factory=list)
+    heard: list[EngagementEvent] = field(default_factory=list)
     newest: dict[str, datetime] = field(default_factory=dict)
     records: Counter[str] = field(default_factory=Counter)
 
@@ -204,6 +215,12 @@ class IngestOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._state = runtime_context.get_map_state(
             MapStateDescriptor("records", Types.LONG(), Types.PICKLED_BYTE_ARRAY())
         )
+        self._unknowns = runtime_context.get_map_state(
+            MapStateDescriptor("unknowns", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
+        )
+        self._settler = parts.settler() if parts.settler is not None else None
+        if self._settler is None:
+            log.warning("FANFARE_REDIS is not set: webhooks settle no unknown outcomes")
         self._tables = parts.tables()
         self._store = parts.store()
         self._gate = DeadLetterGate("ingest", parts.dead_letter_ratio, parts.dead_letter_window)
@@ -217,13 +234,15 @@ class IngestOperator(KeyedProcessFunction):  # type: ignore[misc]
             name: metrics.counter(name)
             for name in (
                 "records", "rows", "consent_changes", "dead_letters", "foreign_events",
-                "ignored_events", "write_failures",
+                "ignored_events", "write_failures", "unknowns_watched", "unknowns_settled",
             )
         }  # fmt: skip
 
     def close(self) -> None:
-        """Let ClickHouse go."""
+        """Let the servers go."""
         self._tables.close()
+        if self._settler is not None:
+            self._settler.close()
 
     def process_element(self, value: bytes, ctx: KeyedProcessFunction.Context) -> Iterator[bytes]:
         """Keep a record, and write when a batch is full."""
@@ -239,17 +258,34 @@ class IngestOperator(KeyedProcessFunction):  # type: ignore[misc]
             time.sleep(_CROWDED_PAUSE.total_seconds())
 
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[bytes]:
-        """Write what is buffered."""
+        """Write what is buffered, and look after unknowns."""
         buffer = self._buffer(ctx.get_current_key())
         if buffer.timer_ms <= timestamp:
             buffer.timer_ms = 0
-        if not buffer.count:
+        if buffer.look_ms <= timestamp:
+            buffer.look_ms = 0
+        now = datetime.now(UTC)
+        if buffer.count and now < buffer.not_before:
+            self._arm(buffer, ctx, buffer.not_before)
+        elif buffer.count:
+            yield from self._flush(buffer, ctx)
+        yield from self._look_after_unknowns(buffer, ctx)
+
+    def _look_after_unknowns(self, buffer: _Buffer, ctx: Any) -> Iterator[bytes]:
+        unknowns = buffer.unknowns
+        if unknowns is None:
             return
         now = datetime.now(UTC)
-        if now < buffer.not_before:
-            self._arm(buffer, ctx, buffer.not_before)
+        for outcomes in unknowns.look(now):
+            self._metrics["unknowns_settled"].inc(sum(len(one.indexes) for one in outcomes.groups))
+            yield encode(outcomes)
+        soonest = unknowns.soonest
+        if soonest is None:
             return
-        yield from self._flush(buffer, ctx)
+        look_ms = to_millis(max(soonest, now)) + 1
+        if not buffer.look_ms or look_ms < buffer.look_ms:
+            buffer.look_ms = look_ms
+            ctx.timer_service().register_processing_time_timer(look_ms)
 
     def _buffer(self, key: int) -> _Buffer:
         buffer = self._buffers.get(key)
@@ -258,6 +294,14 @@ class IngestOperator(KeyedProcessFunction):  # type: ignore[misc]
             numbers = sorted(self._state.keys())
             buffer = _Buffer(key, numbers[0], numbers[-1] + 1) if numbers else _Buffer(key, 0, 0)
             buffer.weight = buffer.count
+            if self._settler is not None:
+                buffer.unknowns = Reconciler(
+                    self._unknowns,
+                    self._settler,
+                    self._store,
+                    self._parts.reconcile,
+                    datetime.now(UTC),
+                )
             self._buffers[key] = buffer
         return buffer
 
@@ -283,6 +327,7 @@ class IngestOperator(KeyedProcessFunction):  # type: ignore[misc]
                 self._back_off(buffer, error)
                 break
             yield from outputs
+            self._watch(buffer, taken)
             for number in range(buffer.head, taken.end):
                 self._state.remove(number)
             buffer.head = taken.end
@@ -294,6 +339,17 @@ class IngestOperator(KeyedProcessFunction):  # type: ignore[misc]
         if buffer.count:
             pause = timedelta(0) if buffer.head < end else self._parts.flush_after
             self._arm(buffer, ctx, max(datetime.now(UTC) + pause, buffer.not_before))
+
+    def _watch(self, buffer: _Buffer, taken: _Taken) -> None:
+        """What was written may be unknowns, or prove some."""
+        if buffer.unknowns is None:
+            return
+        now = datetime.now(UTC)
+        for outcomes in taken.unknowns:
+            buffer.unknowns.take(outcomes, now)
+            self._metrics["unknowns_watched"].inc(sum(len(one.indexes) for one in outcomes.groups))
+        for event in taken.heard:
+            buffer.unknowns.heard(event, now)
 
     def _back_off(self, buffer: _Buffer, error: Unavailable) -> None:
         wait = min(_FIRST_RETRY * 2 ** min(buffer.failures, 10), _LONGEST_RETRY)
@@ -322,6 +378,9 @@ class IngestOperator(KeyedProcessFunction):  # type: ignore[misc]
                 case "Outcomes":
                     outcomes = decode(data, Outcomes)
                     taken.rows.add_outcomes(outcomes)
+                    unknowns = unknowns_of(outcomes)
+                    if unknowns is not None:
+                        taken.unknowns.append(unknowns)
                     at = outcomes.at
                 case "RunEvent":
                     event = decode(data, RunEvent)
@@ -369,6 +428,7 @@ class IngestOperator(KeyedProcessFunction):  # type: ignore[misc]
         ]  # fmt: skip
         taken.good += len(parsed.events)
         taken.consents += parsed.consents
+        taken.heard += parsed.events
         self._metrics["foreign_events"].inc(parsed.foreign)
         self._metrics["ignored_events"].inc(parsed.ignored)
 

@@ -44,6 +44,7 @@ RECONCILE = script("ledger", "reconcile")
 SETTLE_BY_HAND = script("ledger", "settle_by_hand")
 CREATE = script("create")
 VIEW = script("view")
+REBUILD = script("rebuild")
 OPT_OUT = script("opt_out", OPT_OUT_MEMORY_MS=OPT_OUT_MEMORY_MS)
 
 _HEAD = struct.Struct(">cIIHBQ")
@@ -150,6 +151,14 @@ def held_bytes(held: Held) -> bytes:
     flag = int(held.reason is Reason.CLAIM_IN_DOUBT)
     head = _HEAD.pack(b"h", held.epoch, held.generation, held.attempt, flag, held.at_ms)
     return head + held.provider.encode()
+
+
+def matter_bytes(matter: Held | Closed) -> bytes:
+    """A matter that a rebuild writes, as it lies in Redis; claims are never written so."""
+    if isinstance(matter, Held):
+        return held_bytes(matter)
+    head = _HEAD.pack(b"x", matter.epoch, matter.generation, matter.attempt, 0, matter.at_ms)
+    return head + f"{matter.outcome.value}/{matter.reason.value}".encode()
 
 
 def matter_from(data: bytes) -> Matter:

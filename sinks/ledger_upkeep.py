@@ -7,16 +7,30 @@ Blocking calls, for Flink threads and the command line. All of them may be repea
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
+from schemas.codec import from_millis
 from schemas.errors import Corrupt, MissingLedger
 from schemas.ids import LegId, RunId, Tenant
 from schemas.pages import SHARDS, delivery_key
+from schemas.reasons import Lane
 from sinks import ledger_layout as layout
 from sinks.ledger import refused_or
 from sinks.redis_client import Client, Script, command, unavailable
 from transforms import ledger as rules
-from transforms.ledger import BIT, NOTHING, Entry, Held, LedgerRef, LedgerView, Matter, RecipientKey
+from transforms.ledger import (
+    BIT,
+    NOTHING,
+    Closed,
+    Entry,
+    Held,
+    LedgerRef,
+    LedgerView,
+    Matter,
+    RecipientKey,
+)
 
 
 def create(
@@ -89,6 +103,31 @@ def list_open(client: Client, ref: LedgerRef) -> Mapping[int, Matter]:
     }
 
 
+def entries(client: Client, ref: LedgerRef, ordinals: Sequence[int]) -> tuple[Entry, ...]:
+    """What stands of these ordinals; nothing is changed. Raises ``MissingLedger``, ``Corrupt``."""
+    keys = layout.ledger_keys(ref)
+    gets = [word for ordinal in ordinals for word in ("GET", "u1", ordinal)]
+    with unavailable(f"look at the ledger {keys.meta}"):
+        pipe = client.pipeline(transaction=True)
+        queue: Any = pipe.execute_command
+        queue("HGET", keys.meta, "count")
+        queue("STRLEN", keys.bits)
+        if ordinals:
+            queue("BITFIELD_RO", keys.bits, *gets)
+            queue("HMGET", keys.open, *map(layout.ordinal_bytes, ordinals))
+        count, length, *found = pipe.execute()
+    if count is None or length * 8 < int(count):
+        raise MissingLedger(rules.absent(ref))
+    for ordinal in ordinals:
+        if ordinal >= int(count):
+            raise Corrupt(rules.beyond(ordinal, int(count)))
+    bits, matters = found or ((), ())
+    return tuple(
+        BIT if bit else NOTHING if matter is None else Entry(matter=layout.matter_from(matter))
+        for bit, matter in zip(bits, matters, strict=True)
+    )
+
+
 def accepted_ordinals(client: Client, ref: LedgerRef) -> list[int]:
     """The ordinals whose bit is set, ascending. Raises ``MissingLedger``."""
     keys = layout.ledger_keys(ref)
@@ -127,6 +166,57 @@ def settle_by_hand(
     arguments = [layout.ordinal_bytes(ordinal), word, layout.held_bytes(held)]
     answer = _run(client, layout.SETTLE_BY_HAND, ref, arguments)
     return bool(answer[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """A ledger that was written anew."""
+
+    seq: int
+    epoch: int
+    """Of its delivery key."""
+    accepted: int
+    open: int
+
+
+def rebuild(
+    client: Client,
+    ref: LedgerRef,
+    lane: Lane,
+    dataset: str,
+    count: int,
+    accepted: bytes,
+    matters: Mapping[int, Held | Closed],
+    by: str,
+    raise_epoch: bool | None,
+) -> Rebuilt:
+    """Write a ledger anew; ``sinks.ledger_rebuild`` has the rules, and nobody else may call this.
+
+    ``accepted`` is a bitmap as Redis has them (ordinal 0 is the first byte's highest bit), at full
+    length. Accepted bits that are still there stay. ``raise_epoch``: True always, False where no
+    rebuild raised it yet, None not. Raises ``Corrupt`` where another ledger stands there.
+    """
+    if len(accepted) != (count + 7) // 8:
+        raise ValueError(f"{len(accepted)} bytes are no bitmap of {count} recipients")
+    keys = layout.ledger_keys(ref)
+    raising = "" if raise_epoch is None else str(int(raise_epoch))
+    arguments: list[Any] = [dataset, count, accepted, by, raising]
+    for ordinal, matter in matters.items():
+        arguments += [layout.ordinal_bytes(ordinal), layout.matter_bytes(matter)]
+    names = (keys.meta, keys.bits, keys.open, keys.epoch(lane), f"{keys.bits}:new")
+    with unavailable(f"rebuild the ledger {keys.meta}"):
+        answer = layout.REBUILD.run(client, names, arguments)
+    if answer[0] == b"differs":
+        raise Corrupt(rules.differs(ref, answer[1].decode(), answer[2], dataset, count))
+    return Rebuilt(*answer[1:])
+
+
+def last_rebuilt(client: Client, ref: LedgerRef) -> tuple[datetime, str] | None:
+    """When and by whom a ledger was rebuilt last; None: never."""
+    keys = layout.ledger_keys(ref)
+    with unavailable(f"look at the ledger {keys.meta}"):
+        at_ms, by = command(client, "HMGET", keys.meta, "rebuilt_ms", "rebuilt_by")
+    return None if at_ms is None else (from_millis(int(at_ms)), by.decode())
 
 
 def opt_out(client: Client, shard: int, recipient: RecipientKey, scopes: Iterable[str]) -> None:

@@ -34,6 +34,9 @@ COMMANDS: Mapping[str, Entry] = {
     "campaign": Entry("stack.cli_campaign:app", "Campaigns: launch, pause, resume, cancel, rate."),
     "books": Entry("stack.cli_books:app", "A run's books, and one recipient's story."),
     "upgrade": Entry("stack.cli_upgrade:app", "Put new code into the jobs, amid campaigns."),
+    "unknowns": Entry("stack.cli_unknowns:app", "Messages that nobody heard of: list, settle."),
+    "dead-letters": Entry("stack.cli_dead_letters:app", "What failed: list, replay, discard."),
+    "ledger": Entry("stack.cli_ledger:app", "The send ledger of a run: show it, rebuild it."),
     "demo": Entry("stack.demo:app", "A campaign of 100,000 people, end to end."),
 }
 
