@@ -36,6 +36,8 @@ MEANINGS = {
     "parallelism": "Subtasks of each operator: as many one-slot TaskManagers are needed.",
     "checkpoint_interval": "Sends leave the campaigns job with each checkpoint.",
     "buffer_timeout": "How long Flink gathers records before it passes them on.",
+    "redis": "`redis://[:password@]host:port/db`. webhook-ingest can do without; then webhooks "
+    "settle no unknowns.",
     "lane": "Whose sends are delivered: `promotional` or `critical`.",
     "sendgrid_url": "SendGrid's address, or a simulator's.",
     "sendgrid_per_second": "The account's limit, for all processes together; not set: none.",

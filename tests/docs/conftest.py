@@ -1,3 +1,0 @@
-from tests.stack_fixture import stack
-
-__all__ = ["stack"]
