@@ -64,6 +64,10 @@ class RunningJobs:
         for job_id in self.ids.values():
             flink_jobs.wait_running(self.home, job_id)
 
+    def all_run(self) -> bool:
+        """Whether each subtask of each job runs."""
+        return all(flink_jobs.tasks_running(self.home, job_id) for job_id in self.ids.values())
+
     def cancel(self) -> None:
         """End them: the slots are for others now."""
         ours = {job.name for job in JOBS.values()}

@@ -102,10 +102,8 @@ def campaign(tenant: str, run: str, snapshot: str, **changes: Any) -> dict[str, 
         "text": "Hello {{ first_name }} of {{ city }}.",
     }
     leg.update({name: changes.pop(name) for name in ("subject", "html", "text") if name in changes})
-    leg["routes"] = [
-        {"provider": provider, "account": "main"}
-        for provider in changes.pop("providers", ["sendgrid"])
-    ]
+    providers = changes.pop("providers", ["sendgrid"])
+    leg["routes"] = [{"provider": provider, "account": "main"} for provider in providers]
     return {
         "tenant": tenant,
         "run": run,

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,31 @@ class Crowd:
         return [one for one in self if one.email and wanted & one.consents]
 
 
+class Tail:
+    """A topic, read on from where the last look ended."""
+
+    def __init__(self, servers: str, topic: str) -> None:
+        self._consumer = KafkaConsumer(
+            bootstrap_servers=servers, isolation_level="read_committed", fetch_max_wait_ms=50
+        )
+        numbers = self._consumer.partitions_for_topic(topic) or ()
+        self._partitions = [TopicPartition(topic, number) for number in sorted(numbers)]
+        self._consumer.assign(self._partitions)
+        self._consumer.seek_to_beginning(*self._partitions)
+        self._values: list[bytes] = []
+
+    def values(self) -> list[bytes]:
+        """All that is committed now."""
+        ends = self._consumer.end_offsets(self._partitions)
+        while any(self._consumer.position(one) < ends[one] for one in self._partitions):
+            for records in self._consumer.poll(200).values():
+                self._values += [record.value for record in records]
+        return self._values
+
+    def close(self) -> None:
+        self._consumer.close()
+
+
 class World:
     """The running stack with its jobs, and everything that can be asked of it."""
 
@@ -107,15 +132,21 @@ class World:
         self.producer = Producer(self.at.kafka)
         self.tables: Client = connect(self.at.clickhouse)
         self.redis: Redis = connect_redis(self.at.redis, timedelta(seconds=5))
+        self._tails: dict[str, Tail] = {}
         # Each crowd, of each session on a stack that is kept, has numbers of its own.
         self._next_person = time.time_ns() // 1_000_000_000 * 1_000
 
     def close(self) -> None:
+        for tail in self._tails.values():
+            tail.close()
         self.producer.kafka.close()
         self.tables.close()
         self.redis.close()
 
     # audiences and runs
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
 
     def crowd(self, people: int, segment: str | None = None) -> Crowd:
         """A new crowd of so many people."""
@@ -216,23 +247,10 @@ class World:
     # Kafka
 
     def read(self, topic: str) -> list[bytes]:
-        """All committed values of a topic."""
-        consumer = KafkaConsumer(
-            bootstrap_servers=self.at.kafka, isolation_level="read_committed", fetch_max_wait_ms=50
-        )
-        try:
-            numbers = consumer.partitions_for_topic(topic) or ()
-            partitions = [TopicPartition(topic, number) for number in sorted(numbers)]
-            consumer.assign(partitions)
-            ends = consumer.end_offsets(partitions)
-            consumer.seek_to_beginning(*partitions)
-            values: list[bytes] = []
-            while any(consumer.position(one) < ends[one] for one in partitions):
-                for records in consumer.poll(500).values():
-                    values += [record.value for record in records]
-            return values
-        finally:
-            consumer.close()
+        """All committed values of a topic, oldest first within a partition."""
+        if topic not in self._tails:
+            self._tails[topic] = Tail(self.at.kafka, topic)
+        return self._tails[topic].values()
 
     def dead_letters(self) -> list[DeadLetter]:
         """All that were written, each once."""

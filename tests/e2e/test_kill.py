@@ -1,0 +1,80 @@
+"""A TaskManager is killed in mid-campaign: nobody is lost, nobody gets it twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+
+from tests.e2e.world import LONG, Crowd, One, World
+from tests.stack_fixture import eventually, wait_restarted
+
+PEOPLE = 4_000
+RATE = 400.0
+"""Messages a second: the campaign spans several checkpoints, which are two seconds apart."""
+LATENCY_MS = 400.0
+IN_FLIGHT = 256
+"""What delivery lets be in flight at the account at most (``sendgrid_in_flight``)."""
+
+
+def killed_in_the_middle(
+    world: World, job: str, run: str, crowd: Crowd, look: Callable[[], int]
+) -> int:
+    """Run a campaign, kill the job's process in the middle; what ``look`` saw at the kill."""
+    latency = {"kind": "uniform", "min_ms": LATENCY_MS / 2, "max_ms": LATENCY_MS * 2}
+    with world.provider(sendgrid={"latency": latency}):
+        event = world.launch(run, crowd.name, rate_per_second=RATE)
+        assert event.accepted, event.note
+        world.wait_accepted(run, len(wanted(crowd)) // 3)
+        name, pid = world.taskmanager(job)
+        # Stopped first, so that what is counted is what was under way when it died.
+        os.kill(pid, signal.SIGSTOP)
+        seen = look()
+        os.kill(pid, signal.SIGKILL)
+        wait_restarted(world.home, name, pid)
+        world.wait_status(run, timeout=LONG)
+    return seen
+
+
+def wanted(crowd: Crowd) -> list[One]:
+    return crowd.consenting()
+
+
+def test_delivery_is_killed_in_mid_campaign(world: World) -> None:
+    crowd = world.crowd(PEOPLE)
+    run = world.run_name("kill-delivery")
+
+    def claims() -> int:
+        # What the process had written to Redis before it was stopped is still being carried out.
+        counts: list[int] = []
+
+        def still() -> bool:
+            counts.append(world.ledger(run).claims)
+            return len(counts) > 2 and counts[-1] == counts[-2] == counts[-3]
+
+        eventually(still, timedelta(seconds=3), "the claims stand still")
+        return counts[-1]
+
+    in_flight = killed_in_the_middle(world, "delivery", run, crowd, claims)
+    assert 0 < in_flight <= IN_FLIGHT
+    found = world.check_balanced(run, crowd).as_json()
+    assert found["failed"] == found["expired"] == found["cancelled"] == 0
+    # Nobody is lost: each is accepted, or in doubt and said to be; and only who was in flight is.
+    assert found["accepted"] + found["unknown"] == len(wanted(crowd))
+    assert found["unknown"] <= in_flight
+    doubt = {place for place, (kind, _) in world.classes(run).items() if kind == "unknown"}
+    got = world.accepted(run)
+    missing = {(one.shard, one.ordinal) for one in wanted(crowd) if one.message(run) not in got}
+    assert missing <= doubt
+
+
+def test_the_campaigns_job_is_killed_in_mid_campaign(world: World) -> None:
+    crowd = world.crowd(PEOPLE)
+    run = world.run_name("kill-campaigns")
+    killed_in_the_middle(world, "campaigns", run, crowd, lambda: 0)
+    found = world.check_balanced(run, crowd).as_json()
+    # Delivery lived: nothing is in doubt, and everybody who was to get it has got it once.
+    assert found["unknown"] == found["failed"] == found["expired"] == found["cancelled"] == 0
+    assert set(world.accepted(run)) == {one.message(run) for one in wanted(crowd)}
+    eventually(lambda: world.jobs.all_run(), LONG, "all jobs run again")
