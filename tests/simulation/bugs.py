@@ -70,11 +70,14 @@ def release_without_owner_check(plant: pytest.MonkeyPatch) -> None:
     judge = ledger.judge
 
     def judging(
-        found: Entry, ask: Ask, owner: Owner, status: Any, *rest: Any
+        found: Entry, ask: Ask, owner: Owner, status: Any, opted_out: bool, now_ms: int
     ) -> tuple[Verdict, Entry]:
-        if isinstance(found.matter, Claim) and status is RunStatus.PAUSED:
-            return ledger.NOT_RUNNING, NOTHING
-        return judge(found, ask, owner, status, *rest)
+        if isinstance(found.matter, Claim):
+            if status is RunStatus.PAUSED:
+                return ledger.NOT_RUNNING, NOTHING
+            if status is RunStatus.RUNNING and now_ms >= ask.valid_until_ms:
+                return ledger.STALE, NOTHING
+        return judge(found, ask, owner, status, opted_out, now_ms)
 
     plant.setattr(ledger, "judge", judging)
 
