@@ -316,6 +316,8 @@ class DeliveryLoop:
                 if await self._rest(stream):
                     return
                 continue
+            if not self._strike_out(batch):
+                continue
             turn, wait_s = await self._offer(stream, batch)
             if turn is not Turn.PARK:
                 pause_s = _FIRST_PARK_S
@@ -342,6 +344,20 @@ class DeliveryLoop:
         await stream.news.wait()
         timer.cancel()
         return False
+
+    def _strike_out(self, batch: Batch) -> bool:
+        """Fail whom the page does not have; whether anybody is left.
+
+        Nobody can have been written to by them, so their outcome needs no entry in the ledger.
+        """
+        for index, why in self._reader.beyond(batch.work.send, batch.indexes).items():
+            batch.indexes.remove(index)
+            self._fail_unledgered(batch.work, index, *why)
+        return bool(batch.indexes)
+
+    def _fail_unledgered(self, work: Work, index: int, reason: Reason, detail: str) -> None:
+        answer = Answer(Verdict.REFUSED, reason.value, detail=detail)
+        self._complete(work, index, Told(Outcome.FAILED, reason), answer, False)
 
     async def _offer(self, stream: Stream, batch: Batch) -> tuple[Turn, float]:
         """Get permits and tokens for a batch, and send what both allow.
@@ -477,16 +493,12 @@ class DeliveryLoop:
             batch.keep(0)
 
     def impossible(self, batch: Batch, rendered: Rendered, error: Corrupt) -> bool:
-        """The ledger has no such ordinals: final for those that the snapshot lacks as well.
-
-        Nobody can have been written to by them, so their outcome needs no entry in the ledger.
-        """
+        """The ledger has no such ordinals: final for a page that can't be read either."""
         if any(index not in rendered.failed for index in batch.indexes):
             return False
         for index in batch.indexes:
             reason, detail = rendered.failed[index]
-            answer = Answer(Verdict.REFUSED, reason.value, detail=f"{detail}; {error}")
-            self._complete(batch.work, index, Told(Outcome.FAILED, reason), answer, False)
+            self._fail_unledgered(batch.work, index, reason, f"{detail}; {error}")
         _wake(batch.work.line)
         return True
 

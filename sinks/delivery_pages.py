@@ -80,8 +80,16 @@ class Reader:
             log.error("run %s: its definition can't be read: %s", send.run, error)
             return Reason.NO_ROUTE, str(error)
 
+    def beyond(self, send: Send, indexes: Sequence[int]) -> dict[int, tuple[Reason, str]]:
+        """Those of the indexes that the page does not have; none where it can't be read."""
+        page = self._index(send)
+        if isinstance(page, tuple) or max(indexes) < len(page.recipient_ids):
+            return {}
+        count = len(page.recipient_ids)
+        return {index: _beyond(send, index, count) for index in indexes if index >= count}
+
     def recipients(self, send: Send, indexes: Sequence[int]) -> Rendered:
-        """Only the recipients' keys: for messages that won't leave."""
+        """Only the recipients' keys: for messages that won't leave. None is ``beyond``."""
         rendered = Rendered([None] * len(indexes))
         page = self._index(send)
         if isinstance(page, tuple):
@@ -89,18 +97,13 @@ class Reader:
             rendered.failed = dict.fromkeys(indexes, page)
             return rendered
         ids = page.recipient_ids
-        for index in indexes:
-            if index < len(ids):
-                rendered.keys.append(recipient_key(send.tenant, ids[index]))
-            else:
-                rendered.keys.append(NO_RECIPIENT)
-                rendered.failed[index] = _beyond(send, index, len(ids))
+        rendered.keys = [recipient_key(send.tenant, ids[index]) for index in indexes]
         return rendered
 
     def render(self, send: Send, context: LegContext, indexes: Sequence[int]) -> Rendered:
-        """Messages to these recipients."""
+        """Messages to these recipients. None is ``beyond``."""
         rendered = self.recipients(send, indexes)
-        if len(rendered.failed) == len(indexes):
+        if rendered.failed:
             return rendered
         try:
             snapshot = self._snapshot(send.snapshot)
@@ -111,8 +114,6 @@ class Reader:
             return rendered
         base, failed = send.page * PAGE_SIZE, rendered.failed
         for position, index in enumerate(indexes):
-            if index in failed:
-                continue
             reference = f"{send.shard}.{base + index}.{send.generation}"
             recipient = RecipientId(ids[index])
             try:
