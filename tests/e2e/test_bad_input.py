@@ -5,6 +5,7 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from schemas import topics
 from schemas.codec import encode
@@ -152,40 +153,37 @@ def test_forged_and_huge_webhooks_are_refused_and_counted(world: World) -> None:
 
 
 def test_launches_that_cannot_work_are_refused_with_what_to_do(world: World) -> None:
-    crowd = world.crowd(1_000)
-    wrong = {
-        "f" * 32: ({}, "no audience snapshot 'ffffffffffffffffffffffffffffffff'"),
-        "../../etc": ({}, "snapshot: expected the 32 hex digits"),
-    }
-    for snapshot, (changes, said) in wrong.items():
-        refused(world, snapshot, said, **changes)
-    for changes, said in (
-        ({"text": ENDLESS}, "does more than 50000 steps"),
-        ({"text": "{% for %}"}, "legs[0]: text line 1"),
-        ({"text": "{{ favourite_colour }}"}, "uses 'favourite_colour', which the snapshot lacks"),
-        ({"text": "{{ ''.__class__ }}"}, "legs[0]"),
-        ({"text": "{{ [][0] }}"}, "failed on each of 20 people"),
-        ({"deadline": now_ms() - 1000}, "is in the past"),
-        ({"rate_per_second": -1.0}, "rate_per_second"),
-        ({"rate_per_second": 1e-320}, "a rate must be"),
-        ({"holdout_percent": 101.0}, "holdout_percent: expected 0 to 100"),
-        ({"valid_for": 86_400_000}, "valid_for"),
-        ({"quiet_hours": {"start_minute": -5, "end_minute": 10**9}}, "quiet_hours"),
-        ({"fallback_zone": "Mars/Olympus_Mons"}, "fallback_zone"),
-        ({"legs": []}, "legs: expected at least one leg"),
-        ({"subject": " "}, "an e-mail needs a subject"),
-        ({"providers": []}, "legs[0].routes"),
-    ):
-        refused(world, crowd.name, said, **changes)
-
-
-def refused(world: World, snapshot: str, said: str, **changes: object) -> None:
-    run = world.run_name("refused")
-    event = world.launch(run, snapshot, **changes)
-    assert not event.accepted, changes
-    assert event.status is RunStatus.REFUSED
-    assert said in event.note, (event.note, changes)
-    assert world.stats(run)["requests"] == 0
+    audience = world.crowd(1_000).name
+    name = world.run_name("refused")
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("no audience snapshot 'ffff", {"snapshot": "f" * 32}),
+        ("snapshot: expected the 32 hex digits", {"snapshot": "../../../etc"}),
+        ("does more than 50000 steps", {"text": ENDLESS}),
+        ("legs[0]: text line 1", {"text": "{% for %}"}),
+        ("uses 'favourite_colour', which the snapshot", {"text": "{{ favourite_colour }}"}),
+        ("legs[0]", {"text": "{{ ''.__class__ }}"}),
+        ("failed on each of 20 people", {"text": "{{ [][0] }}"}),
+        ("is in the past", {"deadline": now_ms() - 1000}),
+        ("rate_per_second", {"rate_per_second": -1.0}),
+        ("a rate must be", {"rate_per_second": 1e-320}),
+        ("holdout_percent: expected 0 to 100", {"holdout_percent": 101.0}),
+        ("valid_for", {"valid_for": 86_400_000}),
+        ("quiet_hours", {"quiet_hours": {"start_minute": -5, "end_minute": 10**9}}),
+        ("fallback_zone", {"fallback_zone": "Mars/Olympus_Mons"}),
+        ("legs: expected at least one leg", {"legs": []}),
+        ("an e-mail needs a subject", {"subject": " "}),
+        ("legs[0].routes", {"providers": []}),
+    ]
+    sent = {}
+    for number, (said, changes) in enumerate(wrong):
+        run = f"{name}-{number}"
+        spec = campaign(TENANT, run, **{"snapshot": audience, **changes})
+        sent[world.producer.command("launch", TENANT, run, launch=spec)] = (run, said)
+    for command, (run, said) in sent.items():
+        event = world.answer(command)
+        assert (event.run, event.accepted, event.status) == (run, False, RunStatus.REFUSED), said
+        assert said in event.note, event.note
+        assert world.stats(run)["requests"] == 0
 
 
 def test_a_launch_of_another_tenants_audience_is_refused(world: World) -> None:
@@ -274,16 +272,20 @@ def test_reorders_of_nobody_are_refused(world: World) -> None:
     world.wait_status(run)
     shard = crowd.snapshot.manifest.pages[0].shard
     one = {"leg": "email", "shard": shard, "page": 0, "ordinals": bitmap_bytes(1)}
-    for change in (
-        {"leg": "sms"},
-        {"shard": -1},
-        {"shard": 256},
-        {"page": -1},
-        {"page": 10**9},
-        {"ordinals": b""},
-        {"ordinals": b"\xff" * 100_000},
-    ):
-        event = world.control("reorder", run, reorders=[{**one, **change}])
-        assert not event.accepted, change
+    commands = [
+        world.producer.command("reorder", TENANT, run, reorders=[{**one, **change}])
+        for change in (
+            {"leg": "sms"},
+            {"shard": -1},
+            {"shard": 256},
+            {"page": -1},
+            {"page": 10**9},
+            {"ordinals": b""},
+            {"ordinals": b"\xff" * 100_000},
+        )
+    ]
+    for command in commands:
+        event = world.answer(command)
+        assert not event.accepted
     assert SnapshotId(crowd.name) == event.snapshot
     world.check_balanced(run, crowd)
