@@ -60,7 +60,7 @@ def produce(where: Home, folder: Path, name: str, code: str, *arguments: str) ->
 
 @pytest.mark.engine
 def test_a_plain_producer_withdraws_consent_and_launches(stack: Home, tmp_path: Path) -> None:
-    start_jobs(stack)
+    start_jobs(stack, timeout=timedelta(minutes=3))
     # Names of the test's own, so that it may be run again on a stack that stays up.
     tenant = run = f"readme-{uuid.uuid4().hex[:8]}"
     common, consent, launch = (
@@ -99,7 +99,7 @@ def books_of(where: Home, run: str) -> Books:
             return False
         return settled(last[0])
 
-    eventually(is_settled, timedelta(seconds=90), "the launched run is settled")
+    eventually(is_settled, timedelta(minutes=3), "the launched run is settled")
     return last[0]
 
 
