@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from jobs.environment import environment
+from jobs.environment import environment, require_durable_redis
 from jobs.settings import CampaignsSettings, load
 from pipelines.campaigns import Streams, build
 from pipelines.coordinate import CoordinateParts
@@ -43,6 +43,7 @@ def main() -> None:
         transaction_timeout=settings.transaction_timeout,
     )
     redis = settings.redis.get_secret_value()
+    require_durable_redis(redis)
     build(
         Streams(control, outcomes, consent),
         sink,

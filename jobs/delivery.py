@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from jobs.environment import environment
+from jobs.environment import environment, require_durable_redis
 from jobs.settings import DeliverySettings, load
 from pipelines.delivery import DeliveryParts, build
 from schemas.pages import DELIVERY_KEYS
@@ -28,6 +28,7 @@ def main() -> None:
     sends = kafka.source(flink, settings.kafka, [settings.topic(topic)], name, "sends")
     sink = kafka.sink(settings.kafka, TopicRouter(settings.topic_prefix), transactions=None)
     redis = settings.redis.get_secret_value()
+    require_durable_redis(redis)
     accounts = settings.accounts()
     engine = partial(
         DeliveryEngine,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 
 from pyflink.common import Configuration
 from pyflink.datastream import CheckpointingMode, StreamExecutionEnvironment
 
 from jobs.settings import JobSettings
+from schemas.errors import Unavailable
 from schemas.pages import SHARDS
+from sinks.redis_client import check_durability, connect
 
+log = logging.getLogger(__name__)
 _MILLISECOND = timedelta(milliseconds=1)
+_PATIENCE = timedelta(seconds=3)
 
 
 def environment(
@@ -42,3 +47,17 @@ def environment(
     checkpoints.set_min_pause_between_checkpoints(100)
     checkpoints.set_tolerable_checkpoint_failure_number(1000)
     return environment
+
+
+def require_durable_redis(url: str) -> None:
+    """Refuse to submit a job to a Redis that may forget what it answered.
+
+    A Redis that does not answer now is no reason: the job waits for it.
+
+    Raises:
+        FanfareError: naming each setting and its remedy.
+    """
+    try:
+        check_durability(connect(url, _PATIENCE))
+    except Unavailable as error:
+        log.warning("the settings of Redis could not be checked: %s", error)

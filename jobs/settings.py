@@ -1,7 +1,7 @@
 """Settings of the jobs, from the environment: ``FANFARE_`` and the field's name in capitals.
 
 This is the only place of ``jobs`` that reads the environment, and it reads it in the process that
-submits a job. Operators get values. Durations are ISO 8601 (``PT0.5S``) or seconds.
+submits a job. Operators get values. Durations are ISO 8601 (``PT0.5S``).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from sinks.store import FileStore
 from sinks.story import Story, read_story
 from stack.reach import reach, variable
 
-app = typer.Typer(help="A run's books, and one recipient's story.")
+app = typer.Typer(add_completion=False, help="A run's books, and one recipient's story.")
 _console = Console()
 _errors = Console(stderr=True)
 

@@ -30,7 +30,7 @@ from schemas.records import (
     RunEvent,
 )
 from sinks.store import FileStore
-from stack.reach import variable
+from stack.reach import topic_prefix, variable
 from transforms.campaign_file import parse_campaign
 from transforms.examine import misfits
 from transforms.rendering import TemplateSource, compile_template
@@ -79,7 +79,7 @@ def read_campaign(
     )
 
 
-def send_command(servers: str, command: Command) -> None:
+def send_command(servers: str, command: Command, prefix: str = "") -> None:
     """Write a command; returns once the broker has it. Raises Unavailable."""
     from kafka.errors import KafkaError
 
@@ -89,19 +89,21 @@ def send_command(servers: str, command: Command) -> None:
         sender = producer(servers)
         try:
             key = f"{command.tenant}/{command.run}".encode()
-            sender.send(topics.COMMANDS, encode(command), key=key).get(timeout=30)
+            sender.send(prefix + topics.COMMANDS, encode(command), key=key).get(timeout=30)
         finally:
             sender.close()
     except KafkaError as error:
         raise Unavailable(f"the command was not taken by Kafka at {servers}: {error}") from error
 
 
-def await_answer(servers: str, command_id: str, timeout: timedelta) -> RunEvent | None:
+def await_answer(
+    servers: str, command_id: str, timeout: timedelta, prefix: str = ""
+) -> RunEvent | None:
     """The audit event of a command, or None when it does not come in time."""
     from sinks.kafka_client import read_from_end
 
     until = time.monotonic() + timeout.total_seconds()
-    with read_from_end(servers, topics.RUNS, back=2000) as poll:
+    with read_from_end(servers, prefix + topics.RUNS, back=2000) as poll:
         while time.monotonic() < until:
             for value in poll():
                 event = decode(value, RunEvent)
@@ -112,8 +114,11 @@ def await_answer(servers: str, command_id: str, timeout: timedelta) -> RunEvent 
 
 def _issue(command: Command, wait: float, as_json: bool, home: Path | None) -> None:
     servers = variable("FANFARE_KAFKA", home)
-    send_command(servers, command)
-    event = await_answer(servers, command.command_id, timedelta(seconds=wait)) if wait else None
+    prefix = topic_prefix(home)
+    send_command(servers, command, prefix)
+    event = None
+    if wait:
+        event = await_answer(servers, command.command_id, timedelta(seconds=wait), prefix)
     if as_json:
         print(json.dumps(_answer(command, event)))
     elif event is None:
@@ -249,7 +254,7 @@ def _consents(tenant: str, home: Path | None) -> dict[str, bytes]:
     from transforms.consent import apply_consent
 
     states: dict[str, RecipientState] = {}
-    for value in read_all(variable("FANFARE_KAFKA", home), topics.CONSENT):
+    for value in read_all(variable("FANFARE_KAFKA", home), topic_prefix(home) + topics.CONSENT):
         change = decode(value, ConsentChange)
         if change.tenant == tenant:
             states[change.recipient_id] = apply_consent(states.get(change.recipient_id), change)
@@ -356,7 +361,7 @@ def status(
     from sinks.kafka_client import read_all
 
     latest: dict[str, RunEvent] = {}
-    for value in read_all(variable("FANFARE_KAFKA", home), topics.RUNS):
+    for value in read_all(variable("FANFARE_KAFKA", home), topic_prefix(home) + topics.RUNS):
         event = decode(value, RunEvent)
         if event.tenant == tenant and event.campaign and run in (None, event.run):
             latest[event.run] = event

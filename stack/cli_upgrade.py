@@ -12,7 +12,9 @@ from rich.console import Console
 from schemas.errors import InvalidInput
 from stack.layout import home as home_at
 
-app = typer.Typer(help="New code into running jobs, in the middle of campaigns.")
+app = typer.Typer(
+    add_completion=False, help="New code into running jobs, in the middle of campaigns."
+)
 
 HomeOption = Annotated[
     Path | None,

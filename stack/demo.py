@@ -31,7 +31,7 @@ from sinks.store import FileStore
 from stack.layout import Home, endpoints
 from stack.layout import home as home_at
 
-app = typer.Typer(help="A campaign through the whole stack, end to end.")
+app = typer.Typer(add_completion=False, help="A campaign through the whole stack, end to end.")
 
 TENANT = "default"
 SEGMENT = "age >= 18"

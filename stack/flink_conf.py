@@ -48,6 +48,9 @@ appender.file.type = File
 appender.file.fileName = ${sys:log.file}
 appender.file.layout.type = PatternLayout
 appender.file.layout.pattern = %d{yyyy-MM-dd HH:mm:ss,SSS} %-5p %-50c{1.} - %m%n
+# It would log the whole environment of the job's script, passwords included.
+logger.python.name = org.apache.flink.client.python
+logger.python.level = WARN
 """
 """The client's log goes to a file: its output is for the job script's own words."""
 

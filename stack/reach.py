@@ -33,3 +33,8 @@ def variable(name: str, home: Path | None = None) -> str:
     if not value:
         raise InvalidInput(f"{name} is not set, and the embedded stack has no such server")
     return value
+
+
+def topic_prefix(home: Path | None = None) -> str:
+    """What stands before the topics' names; mostly nothing."""
+    return reach(home).get("FANFARE_TOPIC_PREFIX", "")
