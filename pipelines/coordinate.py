@@ -207,7 +207,7 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
         manifest = snapshot.manifest
         problems = list(self._parts.examine(spec, manifest))
         try:
-            problems = problems or list(_unrenderable(spec, snapshot))
+            problems = problems or list(unrenderable(spec, _pages(spec, snapshot)))
         except FanfareError as error:
             problems = [f"the templates can't be tried: {error}"]
         spec_id = self._snapshots.put_object("spec", encode(spec))
@@ -306,17 +306,16 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
         ctx.timer_service().register_processing_time_timer(at)
 
 
-def _unrenderable(spec: CampaignSpec, snapshot: OpenSnapshot) -> Iterator[str]:
-    """Try the templates on people of the first page that can be read."""
+def _pages(spec: CampaignSpec, snapshot: OpenSnapshot) -> Iterator[tuple[list[str], PageBody]]:
+    """The pages that can be read; the others are named when their people are decided."""
     for entry in snapshot.manifest.pages:
         try:
             ids = snapshot.read_index(entry.shard, entry.page).recipient_ids
             body = snapshot.read_body(entry.shard, entry.page)
         except CorruptPage as error:
             log.error("run %s: its templates can't be tried on a page: %s", spec.run, error)
-            continue
-        yield from unrenderable(spec, ids, body)
-        return
+        else:
+            yield ids, body
 
 
 def page_name(key: PageKey) -> str:

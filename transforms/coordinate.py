@@ -278,7 +278,7 @@ class Coordinator:
             if leg is None:
                 return f"the run has no leg {one.leg!r}; it has {', '.join(legs)}"
             known = 0 <= one.shard < len(run.shard_counts) and one.page >= 0
-            size = recipients_of_page(run.shard_counts[one.shard] if known else 0, one.page)
+            size = recipients_of_page(run.shard_counts[one.shard], one.page) if known else 0
             bits = bitmap_from(one.ordinals)
             if not bits or bits > full_bitmap(size):
                 return f"page {one.page} of shard {one.shard} has {size} recipients, not these"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from schemas.errors import InvalidTemplate, RenderingFailed
 from schemas.ids import RecipientId
@@ -43,32 +44,45 @@ def _template_misfits(where: str, leg: LegSpec, known: frozenset[str]) -> Iterat
 
 TRIED = 20
 """People on whom the templates of a launch are tried."""
+_OF_A_PAGE = 4
 _TRIED_RECEIVER = "https://unsubscribe.invalid"
 _TRIED_SECRET = bytes(32)
 """No message leaves with such a link: it is only as long as a real one."""
 
 
-def unrenderable(spec: CampaignSpec, ids: Sequence[str], body: Body) -> Iterator[str]:
-    """The legs whose template fails on everybody of some people, spread over a page.
+Page = tuple[Sequence[str], Body]
+"""Recipient ids of a page, and what it knows of them."""
+
+
+def unrenderable(spec: CampaignSpec, pages: Iterable[Page]) -> Iterator[str]:
+    """The legs whose template fails on each of some people, the first ones with an address.
 
     A template that loops for ever, prints nothing or reads what nobody has is refused before
     anything is sent; one that fails on some people's data fails for those alone, when they are
     sent to. Rendering is bounded by steps here, not by a clock: every replay says the same.
     """
-    reachable = [index for index in range(len(ids)) if body.email(index)]
-    tried = reachable[:: max(1, len(reachable) // TRIED)][:TRIED]
+    people = list(islice(_reachable(pages), TRIED))
     for position, leg in enumerate(spec.legs):
         context = leg_context(spec, leg, _TRIED_RECEIVER, _TRIED_SECRET)
-        failures: list[str] = []
-        for index in tried:
+        failure = ""
+        for recipient, body, index in people:
             try:
-                message_to(context, RecipientId(ids[index]), body, index, "", lambda: 0.0)
+                message_to(context, recipient, body, index, "", lambda: 0.0)
             except RenderingFailed as error:
-                failures.append(str(error))
+                failure = failure or str(error)
             else:
                 break
-        if tried and len(failures) == len(tried):
-            yield (
-                f"legs[{position}]: the template failed on each of {len(tried)} people that it was "
-                f"tried on: {failures[0]}"
-            )
+        else:
+            if people:
+                yield (
+                    f"legs[{position}]: the template failed on each of {len(people)} people that "
+                    f"it was tried on: {failure}"
+                )
+
+
+def _reachable(pages: Iterable[Page]) -> Iterator[tuple[RecipientId, Body, int]]:
+    """People with an address, a few of each page: those of a page share their zone."""
+    for ids, body in pages:
+        there = [index for index in range(len(ids)) if body.email(index)]
+        for index in there[:: max(1, len(there) // _OF_A_PAGE)][:_OF_A_PAGE]:
+            yield RecipientId(ids[index]), body, index

@@ -40,8 +40,12 @@ def page(count: int, orders: list[int], addresses: bool = True) -> tuple[list[st
 
 
 def said(text: str, count: int, orders: list[int], addresses: bool = True) -> list[str]:
-    ids, body = page(count, orders, addresses)
-    return list(unrenderable(replace(SPEC, legs=(replace(LEG, text=text),)), ids, body))
+    half = count // 2
+    first, second = (
+        page(half, orders[:half], addresses),
+        page(count - half, orders[half:], addresses),
+    )
+    return list(unrenderable(replace(SPEC, legs=(replace(LEG, text=text),)), [first, second]))
 
 
 @pytest.mark.parametrize("count", [1, 4, 500])
