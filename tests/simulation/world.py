@@ -377,6 +377,8 @@ class World:
             if mine.seq > (other.ledger.shards[ref].seq if ref in other.ledger.shards else 0)
         }
         self.real, self.redis, self.behind = self.redis, other, behind
+        # A bucket as it was may hold a burst that was taken since.
+        self.truth.grants.clear()
         self.progress += 1
 
     def repair(self) -> bool:
@@ -384,6 +386,7 @@ class World:
         if self.real is None:
             return False
         other, self.redis, self.real = self.redis, self.real, None
+        self.truth.grants.clear()
         for (tenant, run), (version, status) in other.ledger.runs.items():
             self.redis.ledger.publish(tenant, run, version, status)
         for ref, shard in other.ledger.shards.items():
