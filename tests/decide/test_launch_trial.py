@@ -58,7 +58,7 @@ def test_what_nobody_can_be_sent_is_refused(count: int) -> None:
 
 
 def test_what_fails_for_some_is_not() -> None:
-    assert said("{{ 1 // orders }}", 10, [0] * 9 + [1]) == []
+    assert said("{{ 1 // orders }}", 10, [0, 1] * 5) == []
     assert said("Hello {{ first_name }}", 10, [0] * 10) == []
 
 
