@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from pyflink.common import Configuration
+
 from jobs.environment import environment, require_durable_redis
 from jobs.settings import DeliverySettings, load
 from pipelines.delivery import DeliveryParts, build
@@ -22,6 +24,9 @@ def main() -> None:
     """Wire the job with its settings and hand it to Flink."""
     settings = load(DeliverySettings)
     flink = environment(settings, max_parallelism=DELIVERY_KEYS)
+    configuration = Configuration()
+    configuration.set_string("python.metric.enabled", "true")
+    flink.configure(configuration)
     lane = settings.lane
     name = f"fanfare-delivery-{lane.value}"
     topic = sends_topic(lane, Channel.EMAIL)

@@ -154,7 +154,7 @@ class RedisOptOuts:
 
 
 async def _close(client: AsyncClient) -> None:
-    close: Any = client.aclose  # type: ignore[attr-defined]  # redis-py's stubs lack it
+    close: Any = client.aclose
     await close()
     await client.connection_pool.disconnect()
 

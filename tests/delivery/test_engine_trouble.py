@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,8 +80,8 @@ def test_what_makes_a_whole_run_undeliverable(
     shop: MakeShop,
     operator: Operator,
     running: Running,
-    leg: dict[str, object],
-    spec: dict[str, object],
+    leg: dict[str, Any],
+    spec: dict[str, Any],
     reason: Reason,
 ) -> None:
     one, provider = shop(leg=leg), FakeProvider()

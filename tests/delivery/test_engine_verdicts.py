@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -382,9 +383,8 @@ def test_time_passes_while_a_retry_waits(
     later = Answer(Verdict.THROTTLED, "too-much", retry_after=timedelta(minutes=3))
     provider = FakeProvider(lambda _: later)
     running(one.engine((OTHER, FakeProvider(), 4), (MAIN, provider, 8)))
-    operator.submit(
-        one.send(indexes=range(3), **{field: datetime.now(UTC) + timedelta(seconds=1.5)})
-    )
+    soon: dict[str, Any] = {field: datetime.now(UTC) + timedelta(seconds=1.5)}
+    operator.submit(one.send(indexes=range(3), **soon))
     operator.finish()
     assert operator.tally() == {expected: 3}
     assert len(provider.attempts) == 3

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -72,7 +73,7 @@ class Asked:
 
     def __init__(self, ordinals: Sequence[int], topic: str = "offers", hopeless: bool = False):
         self.scopes = scopes_of("email", topic)
-        self.asks = [
+        self.asks: Sequence[Ask] = [
             Ask(each, 1, 0, "fake", RecipientKey(bytes(8)), FAR_MS, FAR_MS) for each in ordinals
         ]
         self.hopeless = hopeless
@@ -90,6 +91,15 @@ class Asked:
     def impossible(self, error: Corrupt) -> bool:
         self.told.append("impossible")
         return self.hopeless
+
+
+async def until(done: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 10
+    for _ in range(1_000_000):
+        if done():
+            return
+        assert time.monotonic() < limit
+        await asyncio.sleep(0.002)
 
 
 class Setting:
@@ -116,9 +126,7 @@ class Setting:
         return self._owner
 
     async def quiet(self) -> None:
-        async with asyncio.timeout(10):
-            while not self.desk.idle:
-                await asyncio.sleep(0.002)
+        await until(lambda: self.desk.idle)
 
 
 CLAIMED = VerdictKind.CLAIMED
@@ -201,9 +209,7 @@ def test_an_absent_ledger_hands_questions_back_and_keeps_settlements() -> None:
         at.desk.settle(Settlement(1, 1, 0, Action.ACCEPT), lambda each: told.append(each.kind))
         question = Asked([2])
         at.desk.ask(question)
-        async with asyncio.timeout(5):
-            while not question.told:
-                await asyncio.sleep(0.002)
+        await until(lambda: bool(question.told))
         assert question.told == ["withdrawn"]
         assert at.desk.busy and "absent" in at.desk.refused
         assert told == []
@@ -220,9 +226,7 @@ def test_a_ledger_behind_what_was_seen_is_refused() -> None:
         at = Setting(Seen("d1", 5))
         question = Asked([1])
         at.desk.ask(question)
-        async with asyncio.timeout(5):
-            while not question.told:
-                await asyncio.sleep(0.002)
+        await until(lambda: bool(question.told))
         assert question.told == ["withdrawn"]
         assert "Redis lost writes" in at.desk.refused
 
