@@ -17,6 +17,7 @@ from typing import Any
 from clickhouse_connect.driver.client import Client
 
 from schemas.errors import Missing
+from schemas.reasons import Reason
 from schemas.tables import (
     DEAD_LETTERS,
     ENGAGEMENT,
@@ -76,7 +77,7 @@ _CONFLICTS = f"""
 SELECT leg, shard, ordinal, generation,
     groupBitOr(bitShiftLeft(toUInt16(1), toUInt8(kind))) AS kinds, count() OVER () AS found
 FROM {STEPS.name}
-WHERE {_OF_RUN} AND kind IN ({_EXCLUSIVE})
+WHERE {_OF_RUN} AND kind IN ({_EXCLUSIVE}) AND reason != '{Reason.LEDGER_ACCEPTED.value}'
 GROUP BY tenant, run, leg, shard, ordinal, generation
 HAVING bitCount(kinds) > 1
 ORDER BY leg, shard, ordinal, generation LIMIT 10"""  # noqa: S608

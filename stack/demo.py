@@ -212,7 +212,7 @@ def _follow(home: Home, run: str, console: Console) -> None:
                     latest = event
             if latest is None:
                 continue
-            note = _note(latest, _control(home, f"/stats?run={run}"))
+            note = _note(latest, _control(home, "/stats"))
             settled = latest.audience - latest.pending
             progress.update(task, total=latest.audience, completed=settled, note=note)
             if not console.is_terminal and time.monotonic() - told > _TELL_EVERY_S:
@@ -222,7 +222,7 @@ def _follow(home: Home, run: str, console: Console) -> None:
 
 
 def _note(event: RunEvent, stats: dict[str, Any]) -> str:
-    of_run = stats.get("runs", {}).get(event.run, stats)
+    of_run = stats.get("runs", {}).get(event.run, {})
     accepted = int(of_run.get("accepted", 0))
     rate = int(stats.get("accepted_last_second", 0))
     skipped = max(0, event.audience - event.pending - accepted)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from schemas.reasons import Reason
 from schemas.tables import EXCLUSIVE_KINDS, FINAL_KINDS, StepKind
 
 PENDING = "pending"
@@ -160,7 +161,8 @@ def count(steps: Iterable[Step], shard_counts: Sequence[int], legs: Sequence[str
             final.add(person)
         said: dict[int, set[StepKind]] = {}
         for step in theirs:
-            if step.kind in EXCLUSIVE_KINDS:
+            # A replayed send of an older generation that finds the accepted bit only echoes it.
+            if step.kind in EXCLUSIVE_KINDS and step.reason != Reason.LEDGER_ACCEPTED.value:
                 said.setdefault(step.generation, set()).add(step.kind)
         conflicts += [
             Conflict(*person, generation, tuple(sorted(kind.name.lower() for kind in kinds)))
