@@ -7,6 +7,7 @@ line to `COMMANDS`.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ def main() -> None:
     """The `fanfare` entry point: an error of ours is one message and exit status 1."""
     from schemas.errors import FanfareError
 
+    # The Kafka client warns of its own pauses on a busy machine; its errors come as exceptions.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
         app()
     except FanfareError as error:
