@@ -91,8 +91,10 @@ def list_command(
         print("no dead letters")
         return
     table = Table(box=None)
-    for name in ("id", "state", "reason", "step", "run", "original", "first (UTC)", "last (UTC)"):
-        table.add_column(name)
+    for name, width in (("id", 8), ("state", 9), ("reason", 12), ("step", 8), ("run", 6)):
+        table.add_column(name, min_width=width, overflow="fold")
+    table.add_column("original", justify="right")
+    table.add_column("first, last (UTC)")
     table.add_column("count", justify="right")
     table.add_column("detail", overflow="ellipsis", no_wrap=True, max_width=60)
     for one in found:
@@ -107,8 +109,7 @@ def list_command(
             letter.step,
             Text(letter.run),
             original,
-            f"{letter.first_at:%Y-%m-%d %H:%M:%S}",
-            f"{letter.last_at:%Y-%m-%d %H:%M:%S}",
+            f"{letter.first_at:%Y-%m-%d %H:%M:%S}\n{letter.last_at:%Y-%m-%d %H:%M:%S}",
             str(one.count),
             Text(letter.detail),
         )

@@ -78,12 +78,9 @@ def show(
     else:
         print(f"{run}: Redis says {status or 'nothing of the run: nothing of it is sent'}")
         if rows:
-            table = Table(box=None)
+            table = Table(box=None, show_header=False)
             for name in rows[0]:
-                right = isinstance(rows[0][name], int)
-                table.add_column(name, justify="right" if right else "left")
-            for row in rows:
-                table.add_row(*(_shown(name, value) for name, value in row.items()))
+                table.add_row(name.replace("_", " "), *(_shown(name, row[name]) for row in rows))
             Console().print(table)
         for line in gone:
             _errors.print(f"gone: {line}", style="red", soft_wrap=True, markup=False)
@@ -140,9 +137,9 @@ def rebuild(
             gaps_in_doubt,
             lambda line: _errors.print(line, style="dim"),
         )
-        status = ledger_rebuild.check(redis, found, force or dry_run)
         who = by or getpass.getuser()
         if not dry_run:
+            status = ledger_rebuild.check(redis, found, force)
             ledger_rebuild.write(redis, found, who, force)
             facts = run_facts(clickhouse, tenant, run)
     finally:
@@ -154,8 +151,9 @@ def rebuild(
         f"({row['in_doubt']:,} in doubt), {row['closed']:,} closed of {row['recipients']:,}"
         for row in rows
     )
-    lines = [] if dry_run else list(ledger_rebuild.afterwards(status, run))
+    lines: list[str] = []
     if not dry_run:
+        lines += ledger_rebuild.afterwards(status, run)
         event = audit_event(
             f"rebuild-{uuid.uuid4()}",
             launched.tenant,

@@ -24,7 +24,8 @@ end
 redis.call('DEL', KEYS[3])
 local pairs_, open = {}, 0
 for i = 6, #ARGV, 2 do
-  if redis.call('GETBIT', KEYS[2], struct.unpack('>I4', ARGV[i])) == 0 then
+  local ordinal = struct.unpack('>I4', ARGV[i])
+  if redis.call('GETBIT', KEYS[2], ordinal) == 0 then
     pairs_[#pairs_ + 1], pairs_[#pairs_ + 2] = ARGV[i], ARGV[i + 1]
     open = open + 1
     if #pairs_ >= 2000 then
