@@ -348,8 +348,9 @@ class IngestOperator(KeyedProcessFunction):  # type: ignore[misc]
         for outcomes in taken.unknowns:
             buffer.unknowns.take(outcomes, now)
             self._metrics["unknowns_watched"].inc(sum(len(one.indexes) for one in outcomes.groups))
-        for event in taken.heard:
-            buffer.unknowns.heard(event, now)
+        if buffer.unknowns.soonest is not None:
+            for event in taken.heard:
+                buffer.unknowns.heard(event, now)
 
     def _back_off(self, buffer: _Buffer, error: Unavailable) -> None:
         wait = min(_FIRST_RETRY * 2 ** min(buffer.failures, 10), _LONGEST_RETRY)

@@ -222,6 +222,7 @@ def reaches_back(servers: str, topic: str, since: datetime) -> bool:
                 raise Unavailable(f"there is no topic {topic}")
             consumer.assign(partitions)
             begins = consumer.beginning_offsets(partitions)
+            ends = consumer.end_offsets(partitions)
             # The first record at or after the launch: were any before it lost, it would be the
             # first of all that are kept.
             firsts = consumer.offsets_for_times(dict.fromkeys(partitions, to_millis(since)))
@@ -231,7 +232,9 @@ def reaches_back(servers: str, topic: str, since: datetime) -> bool:
         raise Unavailable(f"Kafka at {servers} could not be read: {error}") from error
     for partition, begin in begins.items():
         first = firsts.get(partition)
-        if begin > 0 and first is not None and first.offset <= begin:
+        oldest_is_younger = first is not None and first.offset <= begin
+        nothing_is_kept = begin == ends[partition]
+        if begin > 0 and (oldest_is_younger or nothing_is_kept):
             return False
     return True
 

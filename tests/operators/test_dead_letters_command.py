@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -76,7 +77,9 @@ def test_recipients_are_ordered_again_and_the_run_is_opened(place: Place) -> Non
     twice = place.fanfare(app, "replay", "letter-1", *OPERATOR)
     assert twice.exit_code == 1
     assert "are replayed already" in str(twice.exception)
-    assert "the template is mended" in place.fanfare(app, "show", "letter-1").stdout
+    shown_again = " ".join(place.fanfare(app, "show", "letter-1").stdout.split())
+    assert "replayed by ada" in shown_again
+    assert "the template is mended" in shown_again
 
 
 def test_refused_where_the_ledger_is_gone(place: Place) -> None:
@@ -101,8 +104,6 @@ def test_refused_after_the_deadline_in_the_coordinators_words(place: Place) -> N
 
 
 def _past(place: Place) -> Any:
-    from dataclasses import replace
-
     return replace(place.memory.run, deadline=datetime.now(UTC) - timedelta(seconds=1))
 
 

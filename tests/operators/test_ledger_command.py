@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from kafka import KafkaConsumer, TopicPartition
+from kafka.admin import KafkaAdminClient
 
 from schemas.errors import Fenced, LedgerRolledBack, MissingLedger
 from schemas.reasons import Outcome, RunStatus
@@ -172,3 +174,29 @@ def test_epochs_are_raised_once(place: Place) -> None:
     ledger_upkeep.drop(place.redis, place.tenant, place.run, EMAIL)
     assert ledger(place, "rebuild").exit_code == 0
     assert int(place.redis.get(key)) == first + 1, "and is not fenced by another run's rebuild"
+
+
+def test_where_the_topics_do_not_reach_back_everybody_is_in_doubt_or_nobody_acts(
+    place: Place,
+) -> None:
+    mails, _, _ = half_sent(place)
+    lost = place.prefix + "fanfare.sends.promotional.email"
+    admin = KafkaAdminClient(bootstrap_servers=place.at.kafka)
+    consumer = KafkaConsumer(bootstrap_servers=place.at.kafka)
+    partitions = [TopicPartition(lost, one) for one in consumer.partitions_for_topic(lost)]
+    admin.delete_records(consumer.end_offsets(partitions))
+    consumer.close()
+    admin.close()
+    forget_all(place)
+    done = ledger(place, "rebuild")
+    assert done.exit_code == 1
+    assert "no longer reach back to the launch" in str(done.exception)
+    with pytest.raises(MissingLedger):
+        ledger_upkeep.view(place.redis, place.ref(mails[0].shard))
+    done = ledger(place, "rebuild", "--gaps-in-doubt", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    everybody = place.audience.manifest.counts.audience
+    assert told["gaps"] == [lost]
+    (leg,) = told["legs"]
+    assert (leg["accepted"], leg["held"], leg["closed"]) == (1, everybody - 2, 1)
