@@ -9,7 +9,6 @@ from stack.flink_jobs import running_jobs
 from stack.upgrade import upgrade
 from tests.e2e.world import World
 
-
 ALL_ARRIVE = {
     "delivered": 1.0,
     "bounce": 0.0,
