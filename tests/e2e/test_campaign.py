@@ -9,9 +9,6 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
-from schemas import topics
-from schemas.codec import decode
-from schemas.records import ConsentChange
 from stack.simulator.config import SimulatorConfig
 from stack.simulator.fate import EventKind, fate
 from tests.e2e.world import TENANT, Crowd, One, World
@@ -99,8 +96,7 @@ def first_campaign(world: World, crowd: Crowd, category: str) -> dict[str, set[s
     ours = {one.id for one in crowd}
 
     def heard() -> bool:
-        found = [decode(value, ConsentChange) for value in world.read(topics.CONSENT)]
-        return refused == {one.recipient_id for one in found} & ours
+        return refused == {one.recipient_id for one in world.consents()} & ours
 
     eventually(heard, what="bounces, complaints and unsubscribes are in the consent topic")
     assert {"suppressed", "consent_withdrawn"} <= {

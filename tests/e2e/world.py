@@ -20,11 +20,11 @@ from kafka import KafkaConsumer, TopicPartition
 from pipelines.audience import AudienceRequest, build_audience
 from schemas import topics
 from schemas.codec import decode
-from schemas.errors import Missing
+from schemas.errors import MalformedRecord, Missing
 from schemas.ids import LegId, RunId, Tenant, send_id
 from schemas.pages import PAGE_SIZE
 from schemas.reasons import RunStatus
-from schemas.records import DeadLetter, RunEvent
+from schemas.records import ConsentChange, DeadLetter, RunEvent
 from sinks import ledger_upkeep
 from sinks.books import Books
 from sinks.clickhouse import connect
@@ -256,6 +256,16 @@ class World:
         """All that were written, each once."""
         found = [decode(value, DeadLetter) for value in self.read(topics.DEAD_LETTERS)]
         return list({one.letter_id: one for one in found}.values())
+
+    def consents(self) -> list[ConsentChange]:
+        """The consent topic, without the rubbish that other tests have put into it."""
+        found = []
+        for value in self.read(topics.CONSENT):
+            try:
+                found.append(decode(value, ConsentChange))
+            except MalformedRecord:
+                continue
+        return found
 
     # the provider
 
