@@ -172,7 +172,10 @@ def test_everybody_gets_what_they_should_and_all_books_say_so(world: World) -> N
         else:
             expected[one.id] = {"provider_accepted"}
     sent = {name for name, why in expected.items() if why == {"provider_accepted"}}
-    config = {"sendgrid": {"rules": [DEAD]}, "webhooks": {"proportions": {"bounce": 0.03}}}
+    config = {
+        "sendgrid": {"rules": [DEAD]},
+        "webhooks": {"proportions": {"delivered": 0.9, "bounce": 0.05}},
+    }
     with world.provider(**config):
         event = world.launch(
             run,
