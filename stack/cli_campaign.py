@@ -17,7 +17,7 @@ from rich.table import Table
 
 from schemas import topics
 from schemas.codec import decode, encode
-from schemas.errors import InvalidCampaign, Unavailable
+from schemas.errors import InvalidCampaign, MalformedRecord, Unavailable
 from schemas.ids import ObjectId, RunId, Tenant
 from schemas.pages import bitmap_bytes, bitmap_from, full_bitmap
 from schemas.records import (
@@ -254,10 +254,17 @@ def _consents(tenant: str, home: Path | None) -> dict[str, bytes]:
     from transforms.consent import apply_consent
 
     states: dict[str, RecipientState] = {}
+    unreadable = 0
     for value in read_all(variable("FANFARE_KAFKA", home), topic_prefix(home) + topics.CONSENT):
-        change = decode(value, ConsentChange)
+        try:
+            change = decode(value, ConsentChange)
+        except MalformedRecord:
+            unreadable += 1
+            continue
         if change.tenant == tenant:
             states[change.recipient_id] = apply_consent(states.get(change.recipient_id), change)
+    if unreadable:
+        _errors.print(f"{unreadable} records of the consent topic can't be read; left out")
     return {recipient: encode(state) for recipient, state in states.items()}
 
 
