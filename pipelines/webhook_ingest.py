@@ -19,7 +19,7 @@ import logging
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ from pyflink.datastream.connectors.kafka import KafkaSink
 from pyflink.datastream.state import MapStateDescriptor
 
 from pipelines.dead_letters import DeadLetterGate
-from pipelines.reconcile import Reconciler, Settler
+from pipelines.reconcile import PageStore, Reconciler, Settler
 from schemas.codec import decode, encode, name_of, to_millis
 from schemas.errors import (
     Corrupt,
@@ -116,28 +116,6 @@ class Tables(Protocol):
 
     def close(self) -> None:
         """Let the connection go."""
-
-
-class PageIds(Protocol):
-    """A page's recipients."""
-
-    @property
-    def recipient_ids(self) -> Sequence[str]:
-        """Ids by position in the page."""
-
-
-class ReadableSnapshot(Protocol):
-    """A snapshot whose pages can be read."""
-
-    def read_index(self, shard: int, page: int) -> PageIds:
-        """A page. Raises CorruptPage."""
-
-
-class PageStore(Protocol):
-    """Where snapshots are."""
-
-    def open_snapshot(self, name: str) -> ReadableSnapshot:
-        """A snapshot. Raises MissingSnapshot."""
 
 
 @dataclass(frozen=True, slots=True)

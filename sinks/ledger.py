@@ -1,9 +1,9 @@
 """The send ledger for delivery: claim before a request leaves, settle after.
 
 ``transforms.ledger`` has the rules; here they run as Lua scripts, each atomic, on Redis's clock.
-One ``Ledger`` is one ledger in the hands of its one writer. Its calls run one after the other (what
-waits meanwhile belongs in the next batch), since each names the sequence number it has seen:
-that is how a lost answer's late twin is told apart. Different ledgers are independent.
+The calls of one ledger run one after the other (``sinks.ledger_desk``), since each names the
+sequence number it has seen: that is how a lost answer's late twin is told apart. Different ledgers
+are independent.
 
 A call that raises ``Unavailable`` may have been carried out; repeat it as it is, however often.
 All other errors are final for the process (``Fenced``) or the ledger (``MissingLedger``,
@@ -12,7 +12,6 @@ All other errors are final for the process (``Fenced``) or the ledger (``Missing
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,57 +72,6 @@ async def look(client: AsyncClient, ref: LedgerRef) -> Seen:
     if dataset is None or seq is None:
         raise MissingLedger(rules.absent(ref))
     return Seen(dataset.decode(), int(seq))
-
-
-async def open_ledger(
-    client: AsyncClient, ref: LedgerRef, owner: Owner, expected: Seen | None
-) -> Ledger:
-    """Open a ledger for its writer; ``expected`` is what Flink's state has seen of it, if anything.
-
-    Raises ``MissingLedger``, ``LedgerRolledBack``, ``Unavailable``, and ``ValueError`` for a
-    writer of another delivery key.
-    """
-    rules.own_key(ref, owner)
-    seen = await look(client, ref)
-    if expected and (seen.dataset != expected.dataset or seen.seq < expected.seq):
-        raise LedgerRolledBack(rules.rolled_back(ref, seen.dataset, seen.seq, expected))
-    return Ledger(client, ref, owner, seen)
-
-
-class Ledger:
-    """An open ledger. ``seen`` is what to keep in Flink's state."""
-
-    def __init__(self, client: AsyncClient, ref: LedgerRef, owner: Owner, seen: Seen) -> None:
-        self.ref = ref
-        self.owner = owner
-        self.seen = seen
-        self._client = client
-        self._turn = asyncio.Lock()
-
-    async def claim(self, scopes: Sequence[str], asks: Sequence[Ask]) -> Claims:
-        """Ask for leave to send to 1 to 64 recipients; only CLAIMED and REPEATED give it.
-
-        ``scopes``: ``transforms.ledger.scopes_of`` the leg's channel and the campaign's topic.
-        Raises ``Fenced``, ``MissingLedger``, ``LedgerRolledBack``, ``Corrupt``, ``Unavailable``.
-        """
-        async with self._turn:
-            while True:
-                answer = await claim(self._client, self.ref, self.owner, self.seen, scopes, asks)
-                self.seen = Seen(self.seen.dataset, answer.seq)
-                if isinstance(answer, Claims):
-                    return answer
-
-    async def settle(self, settlements: Sequence[Settlement]) -> Settlements:
-        """Record what became of 1 to 64 claimed requests; emit outcomes only afterwards.
-
-        Raises ``Fenced``, ``MissingLedger``, ``LedgerRolledBack``, ``Corrupt``, ``Unavailable``.
-        """
-        async with self._turn:
-            while True:
-                answer = await settle(self._client, self.ref, self.owner, self.seen, settlements)
-                self.seen = Seen(self.seen.dataset, answer.seq)
-                if isinstance(answer, Settlements):
-                    return answer
 
 
 async def claim(

@@ -45,7 +45,7 @@ class RedisLedger:
 
     async def look(self, ref: LedgerRef, owner: Owner) -> Seen:
         """How far a ledger is."""
-        return (await ledger.open_ledger(self._client, ref, owner, None)).seen
+        return await ledger.look(self._client, ref)
 
     async def claim(
         self, ref: LedgerRef, owner: Owner, seen: Seen, scopes: Sequence[str], asks: Sequence[Ask]

@@ -44,7 +44,18 @@ from sinks.store import FileStore, Snapshot
 from stack.layout import Home, endpoints
 from tests.decide.people import EMAIL, campaign, leg
 from transforms.coordinate import CoordinatePolicy, Coordinator, Effects, LaunchFacts, RunMemory
-from transforms.ledger import Action, Ask, LedgerRef, Moved, Owner, Seen, Settlement, recipient_key
+from transforms.ledger import (
+    Action,
+    Ask,
+    Claims,
+    LedgerRef,
+    Moved,
+    Owner,
+    Seen,
+    Settlement,
+    Settlements,
+    recipient_key,
+)
 from transforms.routing import topic_of
 
 PROVIDER = "sendgrid:main"
@@ -145,14 +156,17 @@ class Place:
             key = delivery_key(mail.shard)
             epoch = await ledger.acquire_epoch(client, Lane.PROMOTIONAL, key)
             self.owner = Owner(Lane.PROMOTIONAL, key, epoch)
-            book = await ledger.open_ledger(client, self.ref(mail.shard), self.owner, None)
-            answer = await book.claim((), [self.ask(mail)])
+            ref = self.ref(mail.shard)
+            seen = await ledger.look(client, ref)
+            answer = await ledger.claim(client, ref, self.owner, seen, (), [self.ask(mail)])
+            assert isinstance(answer, Claims), answer
             assert answer.verdicts[0].kind.value == "claimed", answer
             if fate is not None:
                 action, reason = _ACTIONS[fate]
-                await book.settle(
-                    [Settlement(mail.ordinal, mail.generation, 0, action, fate, reason)]
-                )
+                settlement = Settlement(mail.ordinal, mail.generation, 0, action, fate, reason)
+                after = Seen(seen.dataset, answer.seq)
+                done = await ledger.settle(client, ref, self.owner, after, [settlement])
+                assert isinstance(done, Settlements), done
         await client.connection_pool.disconnect()
 
     def claim_as(self, owner: Owner, seen: Seen, mail: Mail) -> Any:
