@@ -42,6 +42,7 @@ def main() -> None:
             request_timeout=settings.request_timeout,
             receiver=settings.public_url,
             unsubscribe_secret=settings.unsubscribe_secret.get_secret_value().encode(),
+            slots=settings.slots,
         ),
         partial(connect_ledger, redis),
         partial(connect_shaper, redis, accounts),

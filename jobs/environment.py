@@ -25,16 +25,16 @@ def environment(
     configuration = Configuration()
     configuration.set_string("python.execution-mode", "thread")
     configuration.set_string("python.metric.enabled", "false")
-    # Killed processes are no failure of a job; the same failure over and over ends it, loudly.
-    configuration.set_string("restart-strategy.type", "failure-rate")
-    configuration.set_string("restart-strategy.failure-rate.delay", "500 ms")
-    configuration.set_string(
-        "restart-strategy.failure-rate.failure-rate-interval",
-        f"{round(settings.failure_interval.total_seconds())} s",
-    )
-    configuration.set_string(
-        "restart-strategy.failure-rate.max-failures-per-interval", str(settings.failures)
-    )
+    # Killed processes are no failure of a job, and while they are away its attempts may fail by
+    # the dozen; the same failure over and over ends it, loudly.
+    strategy = "restart-strategy.exponential-delay"
+    healthy = f"{round(settings.failure_interval.total_seconds())} s"
+    configuration.set_string("restart-strategy.type", "exponential-delay")
+    configuration.set_string(f"{strategy}.initial-backoff", "500 ms")
+    configuration.set_string(f"{strategy}.max-backoff", "3 s")
+    configuration.set_string(f"{strategy}.backoff-multiplier", "1.5")
+    configuration.set_string(f"{strategy}.reset-backoff-threshold", healthy)
+    configuration.set_string(f"{strategy}.attempts-before-reset-backoff", str(settings.failures))
     # Given to get_execution_environment it would replace what the client set (python.executable).
     environment = StreamExecutionEnvironment.get_execution_environment()
     environment.configure(configuration)

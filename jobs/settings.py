@@ -43,10 +43,11 @@ class JobSettings(BaseSettings):
     """A job stops when more than this share of its recent records are dead letters."""
     dead_letter_window: int = Field(default=1_000, ge=1)
     """Records that must have been seen before the ratio counts."""
-    failures: int = Field(default=40, ge=1)
-    """A job ends when it fails more often than this within ``failure_interval``: killed processes
-    now and then are lived through, the same failure over and over is not."""
-    failure_interval: timedelta = timedelta(minutes=5)
+    failures: int = Field(default=60, ge=1)
+    """A job ends when it fails more often than this with never ``failure_interval`` between two
+    failures: processes that are killed or away for minutes are lived through (it is started again
+    every 3 seconds at most), the same failure over and over is not."""
+    failure_interval: timedelta = timedelta(minutes=1)
 
     def topic(self, name: str) -> str:
         """The deployed name of a topic of ``schemas.topics``."""
@@ -96,6 +97,8 @@ class DeliverySettings(JobSettings):
     public_url: str = ""
     """``https://…`` of the receiver as the world sees it, for unsubscribe links; empty: none."""
     unsubscribe_secret: SecretStr = SecretStr("")
+    slots: Path | None = None
+    """A folder in which each delivery process shows how many of its request slots are in use."""
 
     def accounts(self) -> tuple[AccountSettings, ...]:
         """The accounts that routes may name: ``sendgrid`` / ``main`` and ``smtp`` / ``main``."""

@@ -3,6 +3,9 @@
 Each stream (a run's leg on one route) has a driver that takes batches for as long as it has work:
 permits, then tokens, then the ledger's leave, then one task a request. Waiting, paused and
 broken-circuit work holds no permit. An outcome is told only after the ledger has it.
+
+A permit is taken before the claim and given back after the settle: whoever kills the process leaves
+in doubt no more messages than permits were in use (`sinks.slots` shows how many).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Protocol
 
 from schemas.codec import to_millis
@@ -35,6 +39,7 @@ from sinks.delivery_work import (
 )
 from sinks.ledger_desk import LARGEST_CALL, Ledger, LedgerDesk
 from sinks.permits import Permits
+from sinks.slots import SlotBoard
 from transforms.delivery import (
     REPLAYABLE,
     Again,
@@ -125,6 +130,8 @@ class EnginePolicy:
     stop_timeout: timedelta = timedelta(seconds=20)
     receiver: str = ""
     unsubscribe_secret: bytes = b""
+    slots: Path | None = None
+    """Where others see how many requests are in flight (``sinks.slots``); None: nowhere."""
 
 
 class DeliveryLoop:
@@ -149,12 +156,13 @@ class DeliveryLoop:
         self._ledger = ledger
         self._shaper = shaper
         self._reader = Reader(store, policy.receiver, policy.unsubscribe_secret)
+        self._board = board = SlotBoard(policy.slots) if policy.slots is not None else None
         self._accounts = {
             route: Account(
                 route,
                 f"{route.provider}:{route.account}",
                 provider,
-                Permits(permits, min(BATCH, permits // 4)),
+                Permits(permits, min(BATCH, permits // 4), watch=board.cell() if board else None),
             )
             for route, provider, permits in accounts
         }
@@ -172,6 +180,8 @@ class DeliveryLoop:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._shaper.close)
             stack.push_async_callback(self._ledger.close)
+            if self._board is not None:
+                stack.callback(self._board.close)
             for account in self._accounts.values():
                 stack.push_async_callback(account.provider.close)
                 await account.provider.open()
@@ -393,7 +403,8 @@ class DeliveryLoop:
                         return turn, _token_wait(grant)
                     return turn, 0.0
                 case Turn.ASK:
-                    self._ask(batch, None, None)
+                    held = 0
+                    self._ask(batch, account, None)
                     return turn, 0.0
                 case Turn.NEXT_ROUTE:
                     self._move_on(batch)
@@ -423,21 +434,21 @@ class DeliveryLoop:
         following.back(work, batch.indexes)
 
     def _ask(self, batch: Batch, account: Account | None, grant: Grant | None) -> None:
-        """Render, then claim.
+        """Render, then claim. The account's permits for the batch are the question's from now on.
 
-        Without an account nothing is rendered: the ledger is expected to refuse, or the line is
-        broken, and its messages are closed with the reason once claimed.
+        Without a grant nothing is rendered: the ledger is expected to refuse. A broken line's
+        messages are closed with the reason once claimed.
         """
         work, line = batch.work, batch.stream.line
         send = work.send
-        if account is not None and line.context is not None:
+        if account is not None and grant is not None and line.context is not None:
             rendered = self._reader.render(send, line.context, batch.indexes)
         else:
             rendered = self._reader.recipients(send, batch.indexes)
             if batch.stream.account is None:
                 rendered.failed = dict.fromkeys(batch.indexes, line.broken or no_route())
         base = send.page * PAGE_SIZE
-        name = account.name if account is not None else ""
+        name = account.name if account is not None and grant is not None else ""
         valid_until_ms, deadline_ms = to_millis(send.valid_until), to_millis(send.deadline)
         asks = [
             Ask(
@@ -463,28 +474,33 @@ class DeliveryLoop:
         account: Account | None,
         rendered: Rendered,
         verdicts: Sequence[LedgerVerdict],
-    ) -> int:
-        """Act on the ledger's verdicts; says how many requests have left."""
-        work, used, now = batch.work, 0, datetime.now(UTC)
+        leave: bool,
+    ) -> tuple[int, int]:
+        """Act on the ledger's verdicts; says how many were claimed, and how many requests leave.
+
+        Each claimed message keeps one of the account's permits until it is settled. Without
+        ``leave`` none may be sent: a refusal was expected, or the answer came too late for its
+        tokens.
+        """
+        work, claimed, sent, now = batch.work, 0, 0, datetime.now(UTC)
         for index, message, verdict in zip(batch.indexes, rendered.messages, verdicts, strict=True):
             tries = work.tries_of(index)
             then = after_verdict(verdict, tries, now, work.send.valid_until)
             if then is not None:
                 self._follow(work, index, then, None, False)
-            elif index in rendered.failed:
-                self._close(work, index, *rendered.failed[index])
-            elif message is None or account is None or self.stopping:
-                # Claimed, and nothing may leave: a refusal was expected, the answer came too late
-                # for its tokens, or the loop stops.
-                self._settle(
-                    work, index, unsent(tries), Answer(Verdict.RETRYABLE, "not-sent"), "", False
-                )
+                continue
+            claimed += 1
+            if index in rendered.failed:
+                self._close(work, index, account, *rendered.failed[index])
+            elif message is None or account is None or not leave or self.stopping:
+                not_sent = Answer(Verdict.RETRYABLE, "not-sent")
+                self._settle(work, index, unsent(tries), not_sent, account, "", False)
             else:
-                used += 1
+                sent += 1
                 repeated = verdict.kind is VerdictKind.REPEATED
                 self._spawn(self._request(work, index, message, account, repeated))
         _wake(work.line)
-        return used
+        return claimed, sent
 
     def withdrawn(self, batch: Batch) -> None:
         """The ledger was not asked."""
@@ -502,11 +518,10 @@ class DeliveryLoop:
         _wake(batch.work.line)
         return True
 
-    def release(self, account: Account, permits: int, grant: Grant | None) -> None:
-        """Give back what a batch did not need."""
-        account.permits.give(permits)
-        if grant is not None and permits:
-            self._spawn(self._put_tokens_back(account, grant, permits))
+    def put_back(self, account: Account, grant: Grant, unused: int) -> None:
+        """Put back tokens with which nothing was sent."""
+        if unused:
+            self._spawn(self._put_tokens_back(account, grant, unused))
 
     async def _put_tokens_back(self, account: Account, grant: Grant, unused: int) -> None:
         try:
@@ -524,10 +539,7 @@ class DeliveryLoop:
         counts["requests"] += 1
         if repeated:
             counts["repeated"] += 1
-        try:
-            answer = await account.provider.send(message, self.policy.request_timeout)
-        finally:
-            account.permits.give(1)
+        answer = await account.provider.send(message, self.policy.request_timeout)
         counts[_ANSWERS[answer.verdict]] += 1
         _note(account, answer)
         following = after_answer(
@@ -538,13 +550,15 @@ class DeliveryLoop:
             self.policy.retry,
             self._random,
         )
-        self._settle(work, index, following, answer, account.name, repeated)
+        self._settle(work, index, following, answer, account, account.name, repeated)
 
-    def _close(self, work: Work, index: int, reason: Reason, detail: str) -> None:
+    def _close(
+        self, work: Work, index: int, account: Account | None, reason: Reason, detail: str
+    ) -> None:
         """A claimed message that can't be sent: the refusal is recorded like a provider's."""
         following = Next(SettleAction.CLOSE, Outcome.FAILED, reason)
         answer = Answer(Verdict.REFUSED, reason.value, detail=detail)
-        self._settle(work, index, following, answer, "", False)
+        self._settle(work, index, following, answer, account, "", False)
 
     def _settle(
         self,
@@ -552,21 +566,30 @@ class DeliveryLoop:
         index: int,
         following: Next,
         answer: Answer,
+        account: Account | None,
         provider: str,
         repeated: bool,
     ) -> None:
+        """Record the end of a claimed message, then tell; the account's permit is free then."""
         tries = work.tries_of(index)
         send = work.send
         settlement = settlement_of(
             send.page * PAGE_SIZE + index, send.generation, tries, following, answer.verdict
         )
 
+        held = [account] if account is not None else []
+
+        def let_go() -> None:
+            while held:
+                held.pop().permits.give(1)
+
         def settled(result: Settled) -> None:
+            let_go()
             then = after_settled(result, following, tries, provider)
             known = answer if result.kind is SettledKind.DONE else None
             self._follow(work, index, then, known, repeated)
 
-        work.desk.settle(settlement, settled)
+        work.desk.settle(settlement, settled, let_go)
 
     def _follow(
         self, work: Work, index: int, then: Told | Again, answer: Answer | None, repeated: bool
@@ -675,29 +698,38 @@ class _Question:
 
     def answer(self, verdicts: Sequence[LedgerVerdict]) -> None:
         """Send what was claimed."""
-        used = self._loop.judged(self._batch, self._account, self._rendered, verdicts)
-        self._give_back(used)
+        leave = self._grant is not None
+        claimed, sent = self._loop.judged(
+            self._batch, self._account, self._rendered, verdicts, leave
+        )
+        self._give_back(claimed, sent)
 
     def withdraw(self) -> None:
         """Try later."""
-        self._give_back(0)
+        self._give_back(0, 0)
         self._loop.withdrawn(self._batch)
 
     def late(self) -> None:
-        """Hold nothing meanwhile: the tokens would be of another second when the answer comes."""
-        self._give_back(0)
+        """Hold no tokens meanwhile: they would be of another second when the answer comes."""
+        self._put_tokens_back(0)
 
     def impossible(self, error: Corrupt) -> bool:
         """See `DeliveryLoop.impossible`."""
         settled = self._loop.impossible(self._batch, self._rendered, error)
         if settled:
-            self._give_back(0)
+            self._give_back(0, 0)
         return settled
 
-    def _give_back(self, used: int) -> None:
+    def _give_back(self, claimed: int, sent: int) -> None:
+        self._put_tokens_back(sent)
         account, self._account = self._account, None
         if account is not None:
-            self._loop.release(account, len(self._batch.indexes) - used, self._grant)
+            account.permits.give(len(self._batch.indexes) - claimed)
+
+    def _put_tokens_back(self, sent: int) -> None:
+        grant, self._grant = self._grant, None
+        if self._account is not None and grant is not None:
+            self._loop.put_back(self._account, grant, len(self._batch.indexes) - sent)
 
 
 def _wake(line: Line) -> None:

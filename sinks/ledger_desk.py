@@ -111,7 +111,7 @@ class LedgerDesk:
         self._failed = failed
         self._questions: deque[Question] = deque()
         self._asked: tuple[Question, ...] = ()
-        self._settlements: deque[tuple[Settlement, OnSettled]] = deque()
+        self._settlements: deque[tuple[Settlement, OnSettled, Callable[[], None]]] = deque()
         self._alone = 0
         self._calling = False
         self._closed = False
@@ -138,11 +138,22 @@ class LedgerDesk:
         self._questions.append(question)
         self._wake()
 
-    def settle(self, settlement: Settlement, on_settled: OnSettled) -> None:
-        """Settle; the answer comes by the callback, after the ledger has it."""
+    def settle(
+        self,
+        settlement: Settlement,
+        on_settled: OnSettled,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Settle; the answer comes by the callback, after the ledger has it.
+
+        ``let_go`` is called, perhaps repeatedly, where the answer may not come for long: the
+        ledger is refused, or has a new owner.
+        """
+        if self.refused or self._closed:
+            let_go()
         if self._closed:
             return
-        self._settlements.append((settlement, on_settled))
+        self._settlements.append((settlement, on_settled, let_go))
         self._wake()
 
     def close_questions(self) -> None:
@@ -180,9 +191,14 @@ class LedgerDesk:
     def _close(self) -> None:
         """Whoever waits is told or forgotten: a successor reads in the ledger what was done."""
         self._closed = True
+        self._let_go()
         self._settlements.clear()
         self._withdraw_asked()
         self.close_questions()
+
+    def _let_go(self) -> None:
+        for _, _, let_go in self._settlements:
+            let_go()
 
     def _withdraw_asked(self) -> None:
         asked, self._asked = self._asked, ()
@@ -194,6 +210,7 @@ class LedgerDesk:
         if self._told != str(error):
             log.error("%s", error)
         self.refused = self._told = str(error)
+        self._let_go()
         self._withdraw_asked()
         self.close_questions()
 
@@ -220,7 +237,7 @@ class LedgerDesk:
 
         done = await self._insist(call)
         for settled in done.answers:
-            _, on_settled = self._settlements.popleft()
+            _, on_settled, _ = self._settlements.popleft()
             on_settled(settled)
 
     async def _ask_some(self) -> None:

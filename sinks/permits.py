@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,16 +23,22 @@ class Permits:
 
     Whoever waits is given ``quantum`` places at once if it wants so many: one by one, each freed
     place would cost its own round of shared calls. After ``patience`` one place is enough, so that
-    hanging requests can't keep the rest from being used.
+    hanging requests can't keep the rest from being used. ``watch`` is told how many are in use
+    whenever that changes, before whoever took them goes on.
     """
 
     def __init__(
-        self, count: int, quantum: int = 1, patience: timedelta = timedelta(milliseconds=5)
+        self,
+        count: int,
+        quantum: int = 1,
+        patience: timedelta = timedelta(milliseconds=5),
+        watch: Callable[[int], None] | None = None,
     ) -> None:
         self.total = count
         self.free = count
         self._quantum = max(1, min(quantum, count))
         self._patience_s = patience.total_seconds()
+        self._watch = watch
         self._waiting: deque[_Place] = deque()
 
     @property
@@ -45,6 +52,7 @@ class Permits:
         if self.free >= least and not self._waiting:
             taken = min(wanted, self.free)
             self.free -= taken
+            self._changed()
             return taken
         loop = asyncio.get_running_loop()
         place = _Place(loop.create_future(), wanted, least)
@@ -68,11 +76,16 @@ class Permits:
                 self._waiting.popleft()
                 continue
             if self.free < place.least:
-                return
+                break
             self._waiting.popleft()
             taken = min(place.wanted, self.free)
             self.free -= taken
             place.taken.set_result(taken)
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._watch is not None:
+            self._watch(self.total - self.free)
 
     def _content_with_one(self, place: _Place) -> None:
         place.least = 1

@@ -7,6 +7,7 @@
     ├── logs/NAME.log     one log a process
     ├── data/NAME/        what a server stores
     ├── flink/            conf, lib, checkpoints, savepoints, high-availability storage, tmp
+    ├── run/slots/        how many requests each delivery process has in flight
     └── store/            the file store: snapshots, specs, templates
 
 Everything that jobs and tools need to find the servers is in `environment`.
@@ -79,6 +80,11 @@ class Home:
     def store(self) -> Path:
         """The file store of snapshots, specs and templates."""
         return self.root / "store"
+
+    @property
+    def slots(self) -> Path:
+        """Where delivery processes show how many requests they have in flight."""
+        return self.root / "run" / "slots"
 
     def data(self, service: str) -> Path:
         """The data folder of one service."""
@@ -416,6 +422,7 @@ def environment(home: Home, ports: Mapping[str, int] | None = None) -> dict[str,
         # be https (RFC 8058): a name kept for examples (RFC 2606) stands for the public receiver.
         "FANFARE_ALLOW_PRIVATE": "true",
         "FANFARE_SMTP_SECURITY": "none",
+        "FANFARE_SLOTS": str(home.slots),
         "FANFARE_PUBLIC_URL": "https://fanfare.example",
         "FANFARE_UNSUBSCRIBE_SECRET": secret(home, "unsubscribe-secret"),
     }

@@ -232,9 +232,10 @@ class Shop:
         timeout: timedelta = timedelta(seconds=20),
         stop_timeout: timedelta = timedelta(seconds=10),
         retry: RetryPolicy = QUICK,
+        slots: Path | None = None,
     ) -> DeliveryEngine:
         ledger, shaper = self.server.ports(limits or {})
-        policy = EnginePolicy(lane, retry, timeout, stop_timeout)
+        policy = EnginePolicy(lane, retry, timeout, stop_timeout, slots=slots)
         return DeliveryEngine(
             policy, ledger, shaper, lambda: list(accounts), partial(FileStore, self.store.root)
         )

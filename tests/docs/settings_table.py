@@ -53,9 +53,9 @@ MEANINGS = {
     "delivery and receiver; empty: no links.",
     "flush_after": "Rows wait at most so long for a batch.",
     "batch_rows": "Rows of a batch.",
-    "failures": "The job ends when it fails more often than this within "
-    "`FANFARE_FAILURE_INTERVAL`.",
-    "failure_interval": "See `FANFARE_FAILURES`.",
+    "failures": "The job ends when it fails more often than this with never "
+    "`FANFARE_FAILURE_INTERVAL` between two failures; it is started again every 3 seconds at most.",
+    "failure_interval": "After so long without a failure the count begins anew.",
     "webhook_body_timeout": "How long a body may take to arrive.",
 }
 
