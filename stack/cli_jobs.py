@@ -22,12 +22,29 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line.")
 
 
 @app.command()
-def start(home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """Create topics and tables, submit the jobs that don't run, wait until all run."""
+def start(
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+    forget_state: Annotated[
+        bool,
+        typer.Option(
+            "--forget-state",
+            help="Begin with an empty state: consents, caps and runs are forgotten.",
+        ),
+    ] = False,
+) -> None:
+    """Create topics and tables, submit the jobs that don't run, wait until all run.
+
+    A job that ran here before goes on from its last checkpoint.
+    """
     from stack.jobs import start_jobs
 
     console = Console(stderr=True)
-    found = start_jobs(home_at(home), lambda line: console.print(line, highlight=False))
+    found = start_jobs(
+        home_at(home),
+        lambda line: console.print(line, highlight=False, soft_wrap=True),
+        forget=forget_state,
+    )
     if as_json:
         print(json.dumps(found))
         return

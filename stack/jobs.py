@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import Lock
 
+from schemas.errors import StackFailed
 from sinks.clickhouse import connect, create_tables
 from stack.flink_jobs import running_jobs, submit, wait_running
-from stack.layout import PROJECT_ROOT, Home, endpoints
+from stack.layout import PROJECT_ROOT, Home, endpoints, replace_file
 from stack.topics import create_topics
 
 
@@ -31,15 +34,64 @@ JOBS: Mapping[str, JobEntry] = {
 }
 
 
+_NOTES = Lock()
+
+
+def _notes(home: Home) -> Path:
+    return home.flink / "jobs.json"
+
+
+def remember(home: Home, name: str, job_id: str) -> None:
+    """Write down under which id a job runs: its checkpoints are found by it when it has ended."""
+    with _NOTES:
+        replace_file(_notes(home), json.dumps({**_remembered(home), name: job_id}))
+
+
+def _remembered(home: Home) -> dict[str, str]:
+    try:
+        found: dict[str, str] = json.loads(_notes(home).read_text())
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def broken_off_upgrade(home: Home) -> Path:
+    """Where an upgrade notes the savepoints of what it has stopped; gone when it is done."""
+    return home.flink / "upgrade.json"
+
+
+def last_checkpoint(home: Home, name: str) -> str | None:
+    """The last checkpoint of a job that has ended, to go on from; None if it never made one."""
+    job_id = _remembered(home).get(name)
+    if job_id is None:
+        return None
+    made = [
+        (int(folder.name.removeprefix("chk-")), folder)
+        for folder in (home.flink / "checkpoints" / job_id).glob("chk-*")
+        if (folder / "_metadata").exists()
+    ]
+    return max(made)[1].as_uri() if made else None
+
+
 def start_jobs(
     home: Home,
     progress: Callable[[str], None] = lambda line: None,
     timeout: timedelta = timedelta(seconds=60),
+    *,
+    forget: bool = False,
 ) -> dict[str, str]:
     """Create topics and tables, submit the jobs that don't run, wait until all do.
 
+    A job that ran here before goes on from its last checkpoint, whatever ended it; with ``forget``
+    it begins with an empty state: no consents, no caps, no runs.
+
     Returns the Flink job ids by our names. Raises StackFailed, Unavailable.
     """
+    if broken_off_upgrade(home).exists():
+        raise StackFailed(
+            "an upgrade was broken off, and its savepoints are what the jobs go on from: "
+            "`fanfare upgrade` finishes it"
+        )
     found = endpoints(home)
     created = create_topics(found.kafka)
     if created:
@@ -53,9 +105,11 @@ def start_jobs(
     missing = {name: job for name, job in JOBS.items() if job.name not in listed}
 
     def start(name: str) -> tuple[str, str]:
-        job_id = submit(home, missing[name].script, parallelism=1)
+        state = None if forget else last_checkpoint(home, name)
+        job_id = submit(home, missing[name].script, parallelism=1, savepoint=state)
         wait_running(home, job_id, timeout)
-        progress(f"job {name} runs")
+        remember(home, name, job_id)
+        progress(f"job {name} goes on from {state}" if state else f"job {name} runs")
         return name, job_id
 
     # Each submission is a JVM and an interpreter that wait for one another: together they overlap.

@@ -12,20 +12,15 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 
 from schemas.errors import StackFailed
 from stack.flink_jobs import running_jobs, stop_with_savepoint, submit, wait_running
-from stack.jobs import JOBS
+from stack.jobs import JOBS, broken_off_upgrade, remember
 from stack.layout import Home, processes, replace_file
 from stack.process import end
 
 Progress = Callable[[str], None]
 _RESTART = timedelta(seconds=60)
-
-
-def _notes(home: Home) -> Path:
-    return home.flink / "upgrade.json"
 
 
 def upgrade(
@@ -50,6 +45,7 @@ def upgrade(
             home, JOBS[name].script, parallelism=wanted.get(name, 1), savepoint=stopped[name]
         )
         wait_running(home, job_id)
+        remember(home, name, job_id)
         progress(f"job {name} goes on")
         return name, job_id
 
@@ -60,16 +56,16 @@ def upgrade(
             done |= dict(pool.map(resume, [name for name in stopped if name not in done]))
     except StackFailed as error:
         raise StackFailed(
-            f"{error}\nThe savepoints are kept ({_notes(home)}). Mend the code and call "
-            "`fanfare upgrade` again: every run goes on where it was"
+            f"{error}\nThe savepoints are kept ({broken_off_upgrade(home)}). Mend the code and "
+            "call `fanfare upgrade` again: every run goes on where it was"
         ) from error
-    _notes(home).unlink()
+    broken_off_upgrade(home).unlink()
     return done
 
 
 def _stop(home: Home, progress: Progress) -> dict[str, str]:
     """The savepoints of all stopped jobs, those of a broken-off upgrade included."""
-    notes = _notes(home)
+    notes = broken_off_upgrade(home)
     stopped: dict[str, str] = json.loads(notes.read_text()) if notes.exists() else {}
     running = {job.name: job.id for job in running_jobs(home)}
 

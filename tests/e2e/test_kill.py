@@ -69,6 +69,22 @@ def test_delivery_is_killed_in_mid_campaign(world: World) -> None:
     assert missing <= doubt
 
 
+def test_jobs_that_have_ended_go_on_from_their_last_checkpoint(world: World) -> None:
+    crowd = world.crowd(PEOPLE)
+    run = world.run_name("ended")
+    assert world.launch(run, crowd.name, rate_per_second=RATE).accepted
+    world.wait_accepted(run, len(wanted(crowd)) // 4)
+    before = dict(world.jobs.ids)
+    world.jobs.cancel()
+    assert world.stats(run)["unique"] < len(wanted(crowd)), "it was ended in the middle"
+    world.jobs.ensure()
+    assert set(before.values()).isdisjoint(world.jobs.ids.values())
+    world.wait_status(run)
+    found = world.check_balanced(run, crowd).as_json()
+    assert found["accepted"] + found["unknown"] == len(wanted(crowd))
+    assert found["failed"] == found["expired"] == found["cancelled"] == 0
+
+
 def test_the_campaigns_job_is_killed_in_mid_campaign(world: World) -> None:
     crowd = world.crowd(PEOPLE)
     run = world.run_name("kill-campaigns")
