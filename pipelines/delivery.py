@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
+from weakref import finalize
 
 from pyflink.common import Types
 from pyflink.datastream import DataStream, KeyedProcessFunction, RuntimeContext
@@ -92,12 +93,15 @@ class DeliveryOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._count_at = 0.0
         self._engine = parts.engine()
         self._engine.start()
+        # PyFlink calls `close` at the end of a bounded input alone: a task that is cancelled, fails
+        # or stops behind a savepoint only lets go of its operators.
+        self._end = finalize(self, self._engine.stop)
 
     def close(self) -> None:
         """End the loop; what is owed is in the checkpoint."""
-        engine = getattr(self, "_engine", None)
-        if engine is not None:
-            engine.stop()
+        end = getattr(self, "_end", None)
+        if end is not None:
+            end()
 
     def process_element(self, value: bytes, ctx: KeyedProcessFunction.Context) -> Iterator[bytes]:
         """Record a send and hand it over."""

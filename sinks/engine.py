@@ -120,6 +120,7 @@ class DeliveryEngine:
     def stop(self) -> None:
         """Start nothing new, let what is in flight finish, end the loop."""
         if self._thread.is_alive():
+            log.info("delivery's loop is to end")
             self._call(DeliveryLoop.begin_stop)
             self._thread.join(self._policy.stop_timeout.total_seconds() + _GRACE_S)
             if self._thread.is_alive():
