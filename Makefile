@@ -26,7 +26,7 @@ format: $(STAMP) ## format the code and fix what can be fixed
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 test: $(STAMP)   ## all tests, on real servers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 up: $(STAMP)     ## start the embedded stack
 	$(BIN)/fanfare up

@@ -245,6 +245,10 @@ def process_environment(home: Home, tools: Tools) -> dict[str, str]:
     }
 
 
+QUICK_START = "-XX:TieredStopAtLevel=1"
+"""For JVMs with little to do: what the second compiler costs at each start they never earn back."""
+
+
 def java_command(
     home: Home, tools: Tools, main_class: str, memory: Memory, log: Path, *arguments: str
 ) -> tuple[str, ...]:
@@ -252,6 +256,7 @@ def java_command(
     return (
         tools.java,
         *memory.java_options(),
+        *((QUICK_START,) if memory is JOBMANAGER else ()),
         "-XX:+UseSerialGC",
         "-XX:+ExitOnOutOfMemoryError",
         # Its timers tick every 10 ms otherwise, which is most of what an idle JVM costs.

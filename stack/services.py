@@ -207,6 +207,7 @@ autopurge.purgeInterval=1
         command=(
             tools.java,
             "-Xmx96m",
+            flink_conf.QUICK_START,
             "-XX:+UseSerialGC",
             "-XX:+ExitOnOutOfMemoryError",
             # One line for every connection and probe would bury the others.

@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ALONE = Path(__file__).with_name("operator_alone.py")
 
 
+@pytest.mark.engine
 def test_the_operator_under_the_engine() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ALONE)],

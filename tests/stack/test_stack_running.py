@@ -33,6 +33,8 @@ from stack.process import identify, wait_gone
 from stack.supervisor import leftovers
 from tests.stack_fixture import eventually, running_stack, wait_restarted
 
+pytestmark = pytest.mark.engine
+
 ONLY = ("kafka", "redis", "flink")
 SERVICES = (
     "redis",
