@@ -7,6 +7,7 @@ import pytest
 pytest_plugins = ["tests.stack_fixture"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are written into the names
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have one process run all that need a Flink, beginning at once: they take longest.
 
