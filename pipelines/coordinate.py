@@ -184,7 +184,7 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
             case "PageResult":
                 return coordinator.on_result(decode(data, PageResult), now)
             case "Outcomes":
-                return coordinator.on_outcomes(decode(data, Outcomes), now)
+                return coordinator.on_outcomes(decode(data, Outcomes).require_sound(), now)
             case other:
                 raise UnknownSchema(
                     f"coordinate takes Command, PageResult and Outcomes, got {other or 'bytes'} "

@@ -109,7 +109,7 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
                 case "PageOrder":
                     yield from self._decide(decode(data, PageOrder), now)
                 case "Outcomes":
-                    self._fold(decode(data, Outcomes))
+                    self._fold(decode(data, Outcomes).require_sound())
                 case "ConsentChange":
                     self._consent(decode(data, ConsentChange))
                 case other:

@@ -21,6 +21,8 @@ from pyflink.datastream.connectors.kafka import (
     KafkaSource,
 )
 
+from schemas.topics import LARGEST_VALUE
+
 
 def byte_type() -> Any:
     """The type of stream elements that are bytes; a Java proxy, so built where it is used."""
@@ -85,6 +87,7 @@ def sink(
         .set_property("linger.ms", "5")
         .set_property("batch.size", "131072")
         .set_property("compression.type", "lz4")
+        .set_property("max.request.size", str(LARGEST_VALUE + 64 * 1024))
         .set_property("enable.idempotence", "true")
     )
     if transactions is None:

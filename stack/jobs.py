@@ -12,7 +12,7 @@ from threading import Lock
 
 from schemas.errors import StackFailed
 from sinks.clickhouse import connect, create_tables
-from stack.flink_jobs import running_jobs, submit, wait_running
+from stack.flink_jobs import jobs, last_failure, running_jobs, submit, wait_running
 from stack.layout import PROJECT_ROOT, Home, endpoints, replace_file
 from stack.topics import create_topics
 
@@ -71,6 +71,16 @@ def last_checkpoint(home: Home, name: str) -> str | None:
         if (folder / "_metadata").exists()
     ]
     return max(made)[1].as_uri() if made else None
+
+
+def require_running(home: Home) -> None:
+    """Raise StackFailed, with Flink's reason, where one of the jobs has ended."""
+    alive = {job.name for job in running_jobs(home)}
+    ended = {job.name: job.id for job in reversed(jobs(home))}
+    for job in JOBS.values():
+        if job.name not in alive:
+            why = last_failure(home, ended[job.name]) if job.name in ended else "it was not started"
+            raise StackFailed(f"job {job.name} does not run: {why}; `fanfare jobs start`")
 
 
 def start_jobs(

@@ -202,7 +202,8 @@ class Coordinator:
         self, command: Command, now: datetime, facts: LaunchFacts | None, effects: Effects
     ) -> None:
         spec = command.launch
-        if self.memory.run is not None:
+        earlier = self.memory.run
+        if earlier is not None and earlier.status is not RunStatus.REFUSED:
             self._tell(effects, now, command, "this run exists already: launch under another name")
             return
         if spec is None or facts is None:
@@ -226,7 +227,7 @@ class Coordinator:
             spec=facts.spec,
             snapshot=spec.snapshot,
             status=RunStatus.REFUSED if problems else status,
-            version=to_millis(now),
+            version=to_millis(now) if earlier is None else _later(earlier, now),
             published_version=0,
             ledger_ready=False,
             legs=()
@@ -234,7 +235,7 @@ class Coordinator:
             else tuple(LegState(leg.leg, 0, first, audience) for leg in spec.legs),
             shard_counts=() if problems else facts.shard_counts,
             rate_per_second=spec.rate_per_second,
-            commands=(command.command_id,),
+            commands=(*(earlier.commands if earlier is not None else ()), command.command_id),
             start_at=spec.start_at,
             deadline=spec.deadline,
             launched_at=now,
@@ -659,7 +660,7 @@ class Coordinator:
                 command=command.kind if command else None,
                 by=command.issued_by if command else "fanfare",
                 accepted=not problem,
-                note=problem or (command.note if command else ""),
+                note=_short(problem or (command.note if command else "")),
                 spec=run.spec,
                 snapshot=run.snapshot,
                 audience=audience,
@@ -671,6 +672,14 @@ class Coordinator:
                 shard_counts=run.shard_counts if launched else (),
             )
         )
+
+
+LONGEST_NOTE = 4_000
+"""Characters: an event must fit into a Kafka record, whatever was wrong."""
+
+
+def _short(note: str) -> str:
+    return note if len(note) <= LONGEST_NOTE else f"{note[:LONGEST_NOTE]} …"
 
 
 def sound_rate(per_second: float) -> bool:
@@ -736,7 +745,7 @@ def _refusal_without_run(command: Command, now: datetime, why: str = "") -> RunE
         command=command.kind,
         by=command.issued_by,
         accepted=False,
-        note=why or f"there is no run {command.run!r} of tenant {command.tenant!r}",
+        note=_short(why) or f"there is no run {command.run!r} of tenant {command.tenant!r}",
         spec=None,
         snapshot=None,
         audience=0,

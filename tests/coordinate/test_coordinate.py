@@ -61,6 +61,23 @@ def test_a_launch_with_problems_is_refused_with_all_of_them() -> None:
     assert not field.events[-1].accepted
 
 
+def test_a_refused_launch_uses_up_no_name() -> None:
+    field = Field((3,))
+    field.launch(problems=("no such zone",))
+    assert field.status is RunStatus.REFUSED
+    version = field.events[-1].version
+    field.launch()
+    assert field.status is RunStatus.RUNNING
+    assert field.events[-1].accepted and field.events[-1].version > version
+    assert places(field.orders) == [(0, 0, 0), (0, 1, 0)]
+
+
+def test_a_note_fits_into_a_record_whatever_was_wrong() -> None:
+    field = Field((3,))
+    field.launch(problems=tuple(f"template variable {n} is missing" for n in range(50_000)))
+    assert len(field.note) < 5_000
+
+
 def test_a_launch_of_nobody_is_completed_at_once() -> None:
     field = Field((0, 0))
     field.launch()
