@@ -54,8 +54,8 @@ def section(result: Result) -> str:
         f"Measured by `make chaos SEED={result.seed}`: {len(result.faults)} faults during "
         f"{calm.messages:,} promotional and {urgent.messages:,} critical messages. "
         f"{calm.unknown:,} promotional messages were unknown for a while, where at most "
-        f"{calm.bound:,} may be (the requests in flight at kills, and those that the provider hung, "
-        f"reset or answered ambiguously); webhooks settled all but {calm.unknown_left:,}. "
+        f"{calm.bound:,} may be (the requests in flight at kills, and those that the provider "
+        f"hung, reset or answered ambiguously); webhooks settled all but {calm.unknown_left:,}. "
         f"Of the critical messages {urgent.duplicates:,} left twice, each said to be in its "
         f"outcome, where at most {urgent.bound:,} may.\n"
     )

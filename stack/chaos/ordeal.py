@@ -114,7 +114,10 @@ def _undergo(
         tell("no more faults: what is left is sent, the records are compared")
         with suppress(Unavailable):
             Control(endpoints(home).simulator).configure(settings_for(None))
-        critical.finish()
+        try:
+            critical.finish()
+        except StackFailed as error:
+            why = why or str(error)
         campaigns.hurry(size.hurry)
         _await_outcomes(home, critical.trial())
         evidence = read_evidence(home, [*campaigns.trials(), critical.trial()], _SETTLED)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -43,7 +44,8 @@ SMTP = Route("smtp", "main")
 DEADLINE = timedelta(hours=6)
 _ANSWER = timedelta(seconds=120)
 _PATIENCE = timedelta(seconds=120)
-_ACKNOWLEDGE_S = 10.0
+_ACKNOWLEDGE_S = 150.0
+"""Longer than a record waits in the producer for a broker that is away."""
 _AGAIN_S = 0.5
 
 
@@ -255,8 +257,7 @@ class CriticalMessages(threading.Thread):
             raise StackFailed("the last critical message is not taken by Kafka; see its log")
         if self.failure is not None:
             raise StackFailed(f"critical messages ended: {self.failure!r}") from self.failure
-        if self._producer is not None:
-            self._producer.close(timeout=5)
+        self._let_go()
 
     def _send(self, one: One) -> Send:
         page, index = divmod(one.ordinal, PAGE_SIZE)
@@ -279,6 +280,12 @@ class CriticalMessages(threading.Thread):
             self._deadline,
         )
 
+    def _let_go(self) -> None:
+        if self._producer is not None:
+            with suppress(KafkaError):
+                self._producer.close(timeout=5)
+        self._producer = None
+
     def _write(self, value: bytes) -> None:
         until = time.monotonic() + 2 * _PATIENCE.total_seconds() + _ACKNOWLEDGE_S
         while True:
@@ -291,9 +298,7 @@ class CriticalMessages(threading.Thread):
                 if time.monotonic() > until:
                     raise
                 # An idempotent producer that gave up on a record takes no other.
-                if self._producer is not None:
-                    self._producer.close(timeout=0)
-                self._producer = None
+                self._let_go()
                 time.sleep(_AGAIN_S)
             else:
                 return
