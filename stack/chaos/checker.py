@@ -150,8 +150,8 @@ class _Lane:
                 self._add("unflagged", again.at_ms)
         doubts = [one.at_ms for one in told if one.outcome is Outcome.UNKNOWN]
         if doubts or entry is Entry.HELD or book == "unknown":
-            # What arrived was under way when it did; of the rest only the outcome has a time.
-            moment = taken[0].at_ms if taken else min(doubts, default=None)
+            # A process's death is told of once its successor looks, before sends flow again.
+            moment = min(doubts) if doubts else taken[0].at_ms if taken else None
             self._add("unknown", moment)
             self._counts["unknown_left"] += entry is Entry.HELD
         if not owed.wanted:

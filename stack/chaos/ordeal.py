@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,6 +29,7 @@ TASKMANAGERS = 6
 _JOBS_START = timedelta(minutes=4)
 _FIRST_FLOW = timedelta(minutes=3)
 _SETTLED = timedelta(minutes=5)
+_WEBHOOKS_S = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +121,16 @@ def _undergo(
             why = why or str(error)
         campaigns.hurry(size.hurry)
         _await_outcomes(home, critical.trial())
+        drained = Control(endpoints(home).simulator).drain_webhooks(_WEBHOOKS_S)
         evidence = read_evidence(home, [*campaigns.trials(), critical.trial()], _SETTLED)
     finally:
         with suppress(FanfareError):
             Control(endpoints(home).simulator).configure(before)
         if JOBS["delivery-critical"].name not in ours:
             _cancel(home, JOBS["delivery-critical"].name)
+    if not drained:
+        told = (f"webhooks are not taken by the receiver after {_WEBHOOKS_S} s",)
+        evidence = replace(evidence, book_errors=evidence.book_errors + told)
     findings = check(evidence, faults)
     return Result(seed, planned, tuple(faults), findings, time.monotonic() - began, why)
 
