@@ -30,7 +30,6 @@ from schemas.records import (
     WhenZoneUnknown,
 )
 from schemas.topics import sends_topic
-from sinks.kafka_client import producer
 from sinks.redis_ports import connect_registry
 from sinks.store import FileStore
 from stack.chaos.records import Trial
@@ -44,8 +43,7 @@ SMTP = Route("smtp", "main")
 DEADLINE = timedelta(hours=6)
 _ANSWER = timedelta(seconds=120)
 _PATIENCE = timedelta(seconds=120)
-_ACKNOWLEDGE_S = 150.0
-"""Longer than a record waits in the producer for a broker that is away."""
+_ACKNOWLEDGE_S = 12.0
 _AGAIN_S = 0.5
 
 
@@ -291,17 +289,29 @@ class CriticalMessages(threading.Thread):
         while True:
             try:
                 if self._producer is None:
-                    self._producer = producer(endpoints(self._home).kafka)
+                    self._producer = _producer(endpoints(self._home).kafka)
                 topic = sends_topic(Lane.CRITICAL, Channel.EMAIL)
                 self._producer.send(topic, value).get(timeout=_ACKNOWLEDGE_S)
             except KafkaError:
                 if time.monotonic() > until:
                     raise
-                # An idempotent producer that gave up on a record takes no other.
                 self._let_go()
                 time.sleep(_AGAIN_S)
             else:
                 return
+
+
+def _producer(servers: str) -> KafkaProducer:
+    """One that gives up soon, so that the caller repeats: a repeated send is the same message."""
+    return KafkaProducer(
+        bootstrap_servers=servers.split(","),
+        acks="all",
+        enable_idempotence=False,
+        request_timeout_ms=4_000,
+        delivery_timeout_ms=8_000,
+        max_block_ms=8_000,
+        reconnect_backoff_max_ms=1_000,
+    )
 
 
 def wait_until(condition: Callable[[], bool], patience: timedelta, what: str) -> None:
