@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup check test demo down up format clean
+.PHONY: help setup check test demo chaos chaos-quick down up format clean
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/:/' | column -t -s:
 
@@ -33,6 +33,12 @@ up: $(STAMP)     ## start the embedded stack
 
 demo: $(STAMP)   ## a campaign of 100,000 people, end to end
 	$(BIN)/fanfare demo
+
+chaos: $(STAMP)  ## kill everything during campaigns; SEED=n repeats a schedule
+	$(BIN)/fanfare chaos $(if $(SEED),--seed $(SEED))
+
+chaos-quick: $(STAMP) ## the same, in a few minutes
+	$(BIN)/fanfare chaos --quick $(if $(SEED),--seed $(SEED))
 
 down: $(STAMP)   ## stop the embedded stack
 	$(BIN)/fanfare down

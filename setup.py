@@ -64,6 +64,7 @@ setup(
         "jobs",
         "gateway",
         "stack",
+        "stack.chaos",
         "stack.clickhouse_http",
         "stack.simulator",
         "bench",

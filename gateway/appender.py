@@ -19,7 +19,10 @@ _LINGER_MS = 5
 
 
 class Appender:
-    """One idempotent producer, acknowledged by all replicas, shared by all requests.
+    """One producer, acknowledged by all replicas, shared by all requests.
+
+    It is not idempotent: what is posted twice is told apart by whoever reads it, and an idempotent
+    producer of kafka-python 3.0 whose batch expires while a broker is away never sends again.
 
     The producer is made at first need and again after an error that it may not survive, so that
     the receiver starts and recovers without a broker. Its calls may block; they run on one thread.
@@ -97,7 +100,7 @@ class Appender:
             self._producer = KafkaProducer(
                 bootstrap_servers=self._kafka,
                 acks="all",
-                enable_idempotence=True,
+                enable_idempotence=False,
                 linger_ms=_LINGER_MS,
                 max_block_ms=timeout_ms // 2,
                 request_timeout_ms=timeout_ms // 2,

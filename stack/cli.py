@@ -38,6 +38,7 @@ COMMANDS: Mapping[str, Entry] = {
     "unknowns": Entry("stack.cli_unknowns:app", "Messages that nobody heard of: list, settle."),
     "dead-letters": Entry("stack.cli_dead_letters:app", "What failed: list, replay, discard."),
     "ledger": Entry("stack.cli_ledger:app", "The send ledger of a run: show it, rebuild it."),
+    "chaos": Entry("stack.chaos.cli:app", "Kill everything during campaigns; count the cost."),
     "demo": Entry("stack.demo:app", "A campaign of 100,000 people, end to end."),
 }
 

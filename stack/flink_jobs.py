@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -43,10 +43,12 @@ def submit(
     parallelism: int,
     args: Sequence[str] = (),
     savepoint: str | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> str:
     """Run `flink run -d -py JOB` against the stack in `home` and return the job's id.
 
-    The job's process gets the FANFARE_ variables. `savepoint` is the path to resume from.
+    The job's process gets the FANFARE_ variables, and `variables` besides. `savepoint` is the
+    path to resume from.
     Raises StackFailed with the end of the client's output when the job was not accepted.
     """
     tools = prerequisites.find(need_redis=False)
@@ -73,6 +75,7 @@ def submit(
             **os.environ,
             **environment(home),
             **flink_conf.process_environment(home, tools),
+            **(variables or {}),
             "PYTHONPATH": python_path,
         },
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from threading import Lock
@@ -19,19 +19,26 @@ from stack.topics import create_topics
 
 @dataclass(frozen=True, slots=True)
 class JobEntry:
-    """A job's script, and the name under which Flink lists it."""
+    """A job's script, the name under which Flink lists it, and variables of its own."""
 
     script: Path
     name: str
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
+_DELIVERY = PROJECT_ROOT / "jobs" / "delivery.py"
 JOBS: Mapping[str, JobEntry] = {
     "campaigns": JobEntry(PROJECT_ROOT / "jobs" / "campaigns.py", "fanfare-campaigns"),
-    "delivery": JobEntry(PROJECT_ROOT / "jobs" / "delivery.py", "fanfare-delivery-promotional"),
+    "delivery": JobEntry(_DELIVERY, "fanfare-delivery-promotional"),
     "webhook-ingest": JobEntry(
         PROJECT_ROOT / "jobs" / "webhook_ingest.py", "fanfare-webhook-ingest"
     ),
+    "delivery-critical": JobEntry(
+        _DELIVERY, "fanfare-delivery-critical", {"FANFARE_LANE": "critical"}
+    ),
 }
+STANDARD = ("campaigns", "delivery", "webhook-ingest")
+"""The jobs that campaigns need, started unless others are asked for."""
 
 
 _NOTES = Lock()
@@ -89,8 +96,9 @@ def start_jobs(
     timeout: timedelta = timedelta(seconds=60),
     *,
     forget: bool = False,
+    names: Sequence[str] = STANDARD,
 ) -> dict[str, str]:
-    """Create topics and tables, submit the jobs that don't run, wait until all do.
+    """Create topics and tables, submit those of ``names`` that don't run, wait until all do.
 
     A job that ran here before goes on from its last checkpoint, whatever ended it; with ``forget``
     it begins with an empty state: no consents, no caps, no runs.
@@ -112,11 +120,12 @@ def start_jobs(
     finally:
         client.close()
     listed = {job.name: job.id for job in running_jobs(home)}
-    missing = {name: job for name, job in JOBS.items() if job.name not in listed}
+    missing = {name: JOBS[name] for name in names if JOBS[name].name not in listed}
 
     def start(name: str) -> tuple[str, str]:
         state = None if forget else last_checkpoint(home, name)
-        job_id = submit(home, missing[name].script, parallelism=1, savepoint=state)
+        job = missing[name]
+        job_id = submit(home, job.script, parallelism=1, savepoint=state, variables=job.variables)
         wait_running(home, job_id, timeout)
         remember(home, name, job_id)
         progress(f"job {name} goes on from {state}" if state else f"job {name} runs")
@@ -125,4 +134,4 @@ def start_jobs(
     # Each submission is a JVM and an interpreter that wait for one another: together they overlap.
     with ThreadPoolExecutor(max_workers=len(JOBS)) as pool:
         started = dict(pool.map(start, missing))
-    return {name: started.get(name) or listed[job.name] for name, job in JOBS.items()}
+    return {name: started.get(name) or listed[JOBS[name].name] for name in names}

@@ -42,7 +42,11 @@ def upgrade(
 
     def resume(name: str) -> tuple[str, str]:
         job_id = submit(
-            home, JOBS[name].script, parallelism=wanted.get(name, 1), savepoint=stopped[name]
+            home,
+            JOBS[name].script,
+            parallelism=wanted.get(name, 1),
+            savepoint=stopped[name],
+            variables=JOBS[name].variables,
         )
         wait_running(home, job_id)
         remember(home, name, job_id)
@@ -75,7 +79,7 @@ def _stop(home: Home, progress: Progress) -> dict[str, str]:
         progress(f"job {name} is stopped, its state is in {stopped[name]}")
 
     # Delivery last: what the others still emit is taken in before it stops.
-    for name in ("webhook-ingest", "campaigns", "delivery"):
+    for name in ("webhook-ingest", "campaigns", "delivery", "delivery-critical"):
         if JOBS[name].name in running and name not in stopped:
             stop(name)
     return stopped

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,11 +12,10 @@ from typing import Any
 from clickhouse_connect.driver.client import Client
 from kafka import KafkaConsumer, TopicPartition
 
-from pipelines.audience import AudienceRequest, build_audience
 from schemas import topics
 from schemas.codec import decode
 from schemas.errors import MalformedRecord, Missing
-from schemas.ids import LegId, RunId, Tenant, send_id
+from schemas.ids import RunId, Tenant
 from schemas.pages import PAGE_SIZE
 from schemas.reasons import RunStatus
 from schemas.records import ConsentChange, DeadLetter, RunEvent
@@ -30,69 +24,17 @@ from sinks.books import Books
 from sinks.clickhouse import connect
 from sinks.redis_client import Client as Redis
 from sinks.redis_client import connect as connect_redis
-from sinks.store import FileStore, Snapshot
+from sinks.store import FileStore
 from stack import flink_jobs
 from stack.cli_books import look, settled
+from stack.crowd import LEG, TENANT, Crowd, One, build_crowds
 from stack.layout import Home, endpoints, processes
-from stack.profiles import generate
+from stack.simulator.client import Control
 from tests.e2e.producer import Producer, campaign
 from tests.stack_fixture import RunningJobs, eventually
 from transforms.ledger import LedgerRef, LedgerView
 
-TENANT = "default"
-"""The tenant whose webhooks the stack's receiver takes."""
-LEG = LegId("email")
 LONG = timedelta(seconds=120)
-
-
-@dataclass(frozen=True, slots=True)
-class One:
-    """A recipient of a snapshot, with all that a test knows of them."""
-
-    id: str
-    shard: int
-    ordinal: int
-    zone: str
-    consents: frozenset[str]
-    email: str | None
-    attributes: dict[str, Any]
-
-    def message(self, run: str) -> str:
-        """The id of the message that a run owes them."""
-        return send_id(TENANT, run, LEG, self.id)
-
-
-class Crowd:
-    """An audience of its own, and its people by id."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.snapshot = snapshot
-        self.name = str(snapshot.id)
-        self.people: dict[str, One] = {}
-        for entry in snapshot.manifest.pages:
-            index = snapshot.read_index(entry.shard, entry.page)
-            body = snapshot.read_body(entry.shard, entry.page)
-            for i, recipient in enumerate(index.recipient_ids):
-                self.people[recipient] = One(
-                    recipient,
-                    entry.shard,
-                    entry.first_ordinal + i,
-                    index.zone_of(i),
-                    index.consents(i),
-                    body.email(i),
-                    body.attributes(i),
-                )
-
-    def __iter__(self) -> Iterator[One]:
-        return iter(self.people.values())
-
-    def __len__(self) -> int:
-        return len(self.people)
-
-    def consenting(self) -> list[One]:
-        """Who has an address and agreed to offers by e-mail when the audience was built."""
-        wanted = {"email:offers", "email:*"}
-        return [one for one in self if one.email and wanted & one.consents]
 
 
 class Tail:
@@ -127,6 +69,7 @@ class World:
         self.jobs = jobs
         self.home: Home = jobs.home
         self.at = endpoints(jobs.home)
+        self.control_server = Control(self.at.simulator)
         self.folder = folder
         self.store = FileStore(self.at.store)
         self.producer = Producer(self.at.kafka)
@@ -154,19 +97,9 @@ class World:
 
     def crowds(self, people: int, *segments: str | None) -> list[Crowd]:
         """Audiences of the same new people, one for each segment."""
-        path = self.folder / f"profiles-{self._next_person}.csv"
-        generate(people, seed=self._next_person % 1000, out=path, first=self._next_person)
+        first = self._next_person
         self._next_person += people
-        found = []
-        for segment in segments or (None,):
-            request = (
-                AudienceRequest((path,), Tenant(TENANT), segment)
-                if segment
-                else AudienceRequest((path,), Tenant(TENANT))
-            )
-            built = build_audience(request, self.store)
-            found.append(Crowd(self.store.open_snapshot(built.snapshot)))
-        return found
+        return build_crowds(self.store, self.folder, people, first, *segments)
 
     def run_name(self, what: str) -> str:
         return f"{what}-{time.time_ns() // 1_000_000}"
@@ -271,53 +204,33 @@ class World:
 
     def ask(self, path: str, method: str = "GET", body: Any = None, timeout_s: float = 30) -> Any:
         """A question to the simulator's control server."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.at.simulator + path, data, method=method)
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            return json.loads(answer.read())
+        return self.control_server.ask(path, method, body, timeout_s)
 
-    @contextmanager
-    def provider(self, **changes: Any) -> Iterator[None]:
+    def provider(self, **changes: Any) -> AbstractContextManager[None]:
         """The simulator with other settings for the length of the block."""
-        before = self.ask("/config")
-        self.ask("/config", "PUT", changes)
-        try:
-            yield
-        finally:
-            self.ask("/config", "PUT", before)
+        return self.control_server.configured(changes)
 
     def accepted(self, run: str) -> dict[str, dict[str, Any]]:
         """What the provider accepted of a run, by message; fails when one came twice."""
         found: dict[str, dict[str, Any]] = {}
-        since = 0
-        while True:
-            url = f"{self.at.simulator}/messages?run={run}&limit=100000&since={since}"
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                since = int(answer.headers["X-Next-Since"])
-                rows = [json.loads(line) for line in answer.read().splitlines()]
-            for row in rows:
-                assert row["send_id"] not in found, f"accepted twice: {row}"
-                found[row["send_id"]] = row
-            if not rows:
-                return found
+        for row in self.control_server.messages(run):
+            assert row["send_id"] not in found, f"accepted twice: {row}"
+            found[row["send_id"]] = row
+        return found
 
     def stats(self, run: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.ask(f"/stats?run={run}")
-        return found
+        return self.control_server.stats(run)
 
     def wait_accepted(self, run: str, count: int) -> None:
         eventually(lambda: self.stats(run)["unique"] >= count, LONG, f"{run}: {count} accepted")
 
     def starts_after(self, run: str, moment_ms: int) -> int:
         """Requests of a run that started after a moment."""
-        return int(self.ask(f"/starts?run={run}&after_ms={moment_ms}")["count"])
+        return self.control_server.starts_after(run, moment_ms)
 
     def drain_webhooks(self) -> None:
         """Wait until all that is to be sent back was."""
-        try:
-            self.ask("/webhooks/drain?timeout=60", "POST", timeout_s=70)
-        except urllib.error.HTTPError as error:
-            raise AssertionError(f"webhooks remain: {error.read().decode()}") from error
+        assert self.control_server.drain_webhooks(60), f"webhooks remain: {self.ask('/webhooks')}"
 
     # the ledger
 
