@@ -84,7 +84,7 @@ def require_running(home: Home) -> None:
     """Raise StackFailed, with Flink's reason, where one of the jobs has ended."""
     alive = {job.name for job in running_jobs(home)}
     ended = {job.name: job.id for job in reversed(jobs(home))}
-    for job in JOBS.values():
+    for job in map(JOBS.__getitem__, STANDARD):
         if job.name not in alive:
             why = last_failure(home, ended[job.name]) if job.name in ended else "it was not started"
             raise StackFailed(f"job {job.name} does not run: {why}; `fanfare jobs start`")
