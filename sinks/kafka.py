@@ -41,6 +41,9 @@ def source(
     A job that starts without a savepoint reads all that is kept: state is rebuilt, and the ledger
     makes what was sent before safe. Offsets are in the checkpoints; they are committed to
     ``group`` only to be looked at.
+
+    Partitions are looked for when a job starts and not again: they are fixed, and a look that
+    fails, as it does while the broker is away, would fail the whole job.
     """
     kafka = (
         KafkaSource.builder()
@@ -50,7 +53,7 @@ def source(
         .set_starting_offsets(KafkaOffsetsInitializer.earliest())
         .set_value_only_deserializer(ByteArraySchema())
         .set_property("isolation.level", "read_committed")
-        .set_property("partition.discovery.interval.ms", "30000")
+        .set_property("partition.discovery.interval.ms", "-1")
         .set_property("fetch.max.wait.ms", "100")
         .build()
     )
