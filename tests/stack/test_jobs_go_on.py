@@ -15,7 +15,7 @@ import pytest
 from schemas.errors import StackFailed, Unavailable
 from stack import flink_jobs, jobs, prerequisites, upgrade
 from stack.flink_jobs import Job
-from stack.jobs import JOBS, JobNote, answered, remember, remembered, state_to_go_on_from
+from stack.jobs import JOBS, STANDARD, JobNote, answered, remember, remembered, state_to_go_on_from
 from stack.layout import Home, StackState, home, write_state
 
 OLD, NEW = "a" * 32, "b" * 32
@@ -164,12 +164,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 def test_a_job_is_remembered_although_it_never_ran(where: Home, cluster: Cluster) -> None:
     before = savepoint(where, OLD, at=1)
-    for name in JOBS:
+    for name in STANDARD:
         remember(where, name, JobNote(OLD, None, 2))
     cluster.runs = False
     with pytest.raises(StackFailed, match="does not run"):
         jobs.start_jobs(where)
-    for name, job in JOBS.items():
+    for name, job in ((name, JOBS[name]) for name in STANDARD):
         assert remembered(where)[name] == JobNote(cluster.running[job.name], before, 2)
 
 
@@ -179,7 +179,7 @@ def test_nothing_is_submitted_where_one_has_lost_its_state(where: Home, cluster:
         jobs.start_jobs(where)
     assert not cluster.submitted
     jobs.start_jobs(where, forget=True)
-    assert cluster.submitted == dict.fromkeys(JOBS, (1, None))
+    assert cluster.submitted == dict.fromkeys(STANDARD, (1, None))
 
 
 def test_what_was_rescaled_stays_so(where: Home, cluster: Cluster) -> None:
