@@ -17,7 +17,7 @@ from schemas.errors import Corrupt, Fenced, MissingLedger, Unavailable
 from schemas.ids import run_key
 from schemas.message import Answer, Verdict
 from schemas.pages import bitmap_from, delivery_key, indexes_of
-from schemas.reasons import Reason, RunStatus
+from schemas.reasons import Reason
 from schemas.records import (
     Command,
     CommandKind,
@@ -148,7 +148,7 @@ class Campaigns:
             return False
         run = list(self.memories)[pick % len(self.memories)]
         coordinator = self._coordinator(run)
-        if not _armed(coordinator):
+        if not _armed(coordinator, self.world.now):
             return False
         self._carry_out(run, coordinator, coordinator.on_tick(self.world.now))
         return True
@@ -196,7 +196,7 @@ class Campaigns:
             self.world.publish(spec, state.version, state.status, state.rate_per_second)
         except Unavailable:
             return
-        coordinator.on_published(state.version)
+        coordinator.on_published(state.version, self.world.now)
 
     def _create_ledger(self, run: str) -> bool:
         try:
@@ -342,13 +342,12 @@ class Campaigns:
         )
 
 
-def _armed(coordinator: Coordinator) -> bool:
+def _armed(coordinator: Coordinator, now: datetime) -> bool:
     """Whether the shell keeps a timer for the run."""
     run = coordinator.memory.run
     if run is None:
         return False
-    unpublished = run.published_version < run.version and run.status is not RunStatus.REFUSED
-    over = run.status.terminal and not coordinator.closing and not unpublished
+    over = run.status.terminal and not coordinator.closing and not coordinator.unpublished(now)
     return not over or coordinator.memory.open > 0
 
 
