@@ -226,14 +226,15 @@ def test_redis_killed_and_started_again(
     own_redis: RedisServer,
     operator: Operator,
     running: Running,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     one = Shop(*people, RealServer(own_redis.url), "restarted")
     provider = FakeProvider(latency=timedelta(milliseconds=5))
-    engine = running(one.engine((MAIN, provider, 8)))
+    running(one.engine((MAIN, provider, 8)))
     operator.submit(one.send(BIG, range(PAGE_SIZE)), one.send(SAME_KEY))
     operator.until(lambda: len(provider.attempts) > 60)
     own_redis.kill()
-    operator.until(lambda: engine.counts()["waits_for_redis"] > 1)
+    operator.until(lambda: "trying until it does" in caplog.text)
     own_redis.start()
     operator.finish()
     assert operator.tally() == accepted(530)
