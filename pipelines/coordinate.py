@@ -13,7 +13,7 @@ from pyflink.datastream import KeyedProcessFunction, RuntimeContext
 from pyflink.datastream.state import MapStateDescriptor, ValueStateDescriptor
 
 from pipelines.dead_letters import DeadLetterGate
-from schemas.codec import decode, encode, name_of, to_millis
+from schemas.codec import decode, decode_state, encode, name_of, to_millis
 from schemas.errors import (
     Corrupt,
     CorruptPage,
@@ -267,9 +267,9 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
             memory = RunMemory()
             kept = self._run_state.value()
             if kept is not None:
-                memory.run = memory.saved = decode(bytes(kept), RunState)
+                memory.run = memory.saved = decode_state(bytes(kept), RunState)
                 memory.pages = {
-                    page_key(name): decode(bytes(data), PageState)
+                    page_key(name): decode_state(bytes(data), PageState)
                     for name, data in self._page_state.items()
                 }
                 memory.recount()

@@ -13,7 +13,7 @@ from pyflink.datastream import KeyedProcessFunction, RuntimeContext
 from pyflink.datastream.state import MapStateDescriptor
 
 from pipelines.dead_letters import DeadLetterGate
-from schemas.codec import decode, encode, name_of, to_millis
+from schemas.codec import decode, decode_state, encode, name_of, to_millis
 from schemas.errors import (
     Corrupt,
     CorruptPage,
@@ -222,7 +222,7 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
         owed = self._owed.get(key)
         if owed is None:
             kept = self._owed_state.items()
-            owed = {name: decode(bytes(data), ConsentChange) for name, data in kept}
+            owed = {name: decode_state(bytes(data), ConsentChange) for name, data in kept}
             self._owed[key] = owed
         return owed
 

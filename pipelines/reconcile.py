@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
-from schemas.codec import decode, encode
+from schemas.codec import decode_state, encode
 from schemas.errors import Corrupt, MissingLedger, MissingSnapshot, Unavailable
 from schemas.ids import LegId, RunId, Tenant, send_id
 from schemas.pages import PAGE_SIZE
@@ -96,7 +96,7 @@ class Reconciler:
         self._patience = policy.patience
         self._watch = Watch(policy)
         for name, data in state.items():
-            self._watch.put(name, indexes_of(decode(bytes(data), Outcomes)), now)
+            self._watch.put(name, indexes_of(decode_state(bytes(data), Outcomes)), now)
 
     def __len__(self) -> int:
         return len(self._watch)
@@ -110,7 +110,7 @@ class Reconciler:
         """Watch these, once their rows are written."""
         name = name_of(unknowns)
         kept = self._state.get(name)
-        whole = merged(None if kept is None else decode(bytes(kept), Outcomes), unknowns)
+        whole = merged(None if kept is None else decode_state(bytes(kept), Outcomes), unknowns)
         self._state.put(name, encode(whole))
         self._watch.put(name, indexes_of(whole), now)
 
@@ -122,7 +122,7 @@ class Reconciler:
         """Look after what is due; the outcomes to emit."""
         runs: dict[tuple[Tenant, RunId], dict[str, Outcomes]] = defaultdict(dict)
         for name in self._watch.due(now):
-            page = decode(bytes(self._state.get(name)), Outcomes)
+            page = decode_state(bytes(self._state.get(name)), Outcomes)
             runs[page.tenant, page.run][name] = page
         found: list[Outcomes] = []
         for (tenant, run), pages in runs.items():

@@ -25,7 +25,7 @@ import fastavro
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
 from schemas import records, state
-from schemas.errors import MalformedRecord, UnknownSchema
+from schemas.errors import IncompatibleState, MalformedRecord, UnknownSchema
 
 T = TypeVar("T")
 Convert = Callable[[Any], Any]
@@ -195,6 +195,24 @@ def decode(data: bytes, record: type[T]) -> T:
             f"{type(error).__name__}: {error}"
         ) from error
     return value
+
+
+def decode_state(data: bytes, record: type[T]) -> T:
+    """``decode`` of what Flink's state holds.
+
+    Raises:
+        IncompatibleState: a layout that this version does not know.
+        MalformedRecord: as ``decode``.
+    """
+    try:
+        return decode(data, record)
+    except UnknownSchema as error:
+        raise IncompatibleState(
+            f"a {record.__name__} in the job's state was written by a newer layout of Fanfare "
+            f"(fingerprint {data[2:HEADER_BYTES].hex()}), which this version can't read; nothing "
+            "was changed. Install the version that wrote it, or go back to the savepoint from "
+            "before it and start this version from there"
+        ) from error
 
 
 def name_of(data: bytes) -> str | None:

@@ -16,6 +16,7 @@
     ├── Corrupt                 what exists is not what was written
     │   ├── CorruptPage         a page whose hash differs from its manifest
     │   └── LedgerRolledBack    a ledger older than what Flink's state has seen
+    ├── IncompatibleState       what Flink keeps was written by a layout that this version lacks
     ├── Fenced                  a successor owns the delivery key: this process must stop writing
     ├── RenderingFailed         a template failed on one recipient's data, or passed its limits
     ├── Unavailable             a server did not answer: retry later; nothing was decided
@@ -89,6 +90,14 @@ class CorruptPage(Corrupt):
 
 class LedgerRolledBack(Corrupt):
     """A ledger whose dataset or sequence number is behind the one already seen."""
+
+
+class IncompatibleState(FanfareError):
+    """Kept state of a layout that nobody here knows: the job must end, and touch none of it.
+
+    Neither a ``MalformedRecord`` nor ``Corrupt``: it is whole, and those who skip what they can't
+    read must not skip it.
+    """
 
 
 class Fenced(FanfareError):

@@ -180,15 +180,15 @@ def read(data: bytes) -> Memory:
     """The state in ``data``, whichever known version wrote it.
 
     Raises:
-        UnknownSchema: a newer or foreign writer's bytes.
+        IncompatibleState: a newer or foreign writer's bytes.
         MalformedRecord: bytes that are no recipient's state.
     """
     if data[:_FIRST] != _HEADER:
-        return from_state(codec.decode(data, RecipientState))
+        return from_state(codec.decode_state(data, RecipientState))
     try:
         return _read(data)
     except (_Unusual, IndexError, ValueError):
-        return from_state(codec.decode(data, RecipientState))
+        return from_state(codec.decode_state(data, RecipientState))
 
 
 @lru_cache(maxsize=_KEPT_PARTS)

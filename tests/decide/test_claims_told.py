@@ -12,10 +12,12 @@ import pytest
 from pipelines import decide as shell
 from pipelines.decide import DecideOperator, DecideParts
 from schemas.codec import encode, to_millis
-from schemas.errors import Unavailable
+from schemas.errors import IncompatibleState, Unavailable
 from schemas.ids import RecipientId, Tenant
 from schemas.records import ConsentChange, ConsentStatus
+from tests.decide.people import Page, campaign, order, page_of, person
 from transforms.consent import change_bytes, for_claims
+from transforms.decide import state_key
 
 GRANTED, WITHDRAWN = ConsentStatus.GRANTED, ConsentStatus.WITHDRAWN
 SUPPRESSED, ERASED = ConsentStatus.SUPPRESSED, ConsentStatus.ERASED
@@ -243,3 +245,37 @@ def test_what_claims_would_have_forgotten_is_owed_no_more(flink: Flink) -> None:
     flink.opt_outs.away = False
     flink.pass_time(1)
     assert flink.opt_outs.calls == [("in", "ada", "sms/*")] and not flink.owed
+
+
+def test_a_person_kept_in_a_newer_layout_ends_the_job_and_stays_as_it_is(flink: Flink) -> None:
+    newer = b"\xc3\x01" + b"\1" * 8 + b"whatever is in it"
+    people = flink.states["people"]
+    name = state_key(Tenant("acme"), "ada")
+    people.put(name, newer)
+    with pytest.raises(IncompatibleState, match="Install the version that wrote it"):
+        flink.hear(word("email/*", WITHDRAWN))
+    assert people.get(name) == newer and not flink.opt_outs.calls
+
+
+class Store:
+    """A store of one campaign and one page."""
+
+    def get_object(self, kind: str, name: str) -> bytes:
+        return encode(campaign())
+
+    def open_snapshot(self, name: str) -> Store:
+        return self
+
+    def read_index(self, shard: int, page: int) -> Page:
+        return page_of([person()])
+
+
+def test_an_order_for_such_a_person_is_not_answered_as_one_of_a_corrupt_page(flink: Flink) -> None:
+    flink.operator._store = Store()
+    asked = encode(order(campaign(), [0]))
+    answers = list(flink.operator.process_element(asked, flink))  # type: ignore[arg-type]
+    assert answers, "the page can be decided"
+    name = state_key(campaign().tenant, person().recipient_id)
+    flink.states["people"].put(name, b"\xc3\x01" + b"\1" * 8)
+    with pytest.raises(IncompatibleState):
+        list(flink.operator.process_element(asked, flink))  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas import codec
-from schemas.errors import InvalidCampaign, MalformedRecord, UnknownSchema
+from schemas.errors import IncompatibleState, InvalidCampaign, MalformedRecord
 from schemas.ids import LegId, RecipientId, RunId
 from schemas.pages import PAGE_SIZE, bitmap_bytes, bitmap_from, full_bitmap, indexes_of
 from schemas.reasons import Channel, Lane, Outcome, Reason
@@ -302,7 +302,7 @@ def test_a_state_that_does_not_decode_is_told_loudly() -> None:
     for data, error in (
         (good[:-1], MalformedRecord),
         (good + b"\0", MalformedRecord),
-        (good[:2] + b"\1" * 8 + good[10:], UnknownSchema),
+        (good[:2] + b"\1" * 8 + good[10:], IncompatibleState),
         (b"", MalformedRecord),
     ):
         with pytest.raises(error):

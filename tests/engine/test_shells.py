@@ -11,7 +11,7 @@ import pytest
 from pipelines.coordinate import CoordinateOperator, CoordinateParts
 from pipelines.dead_letters import DeadLetterGate, DeadLetterRatioPassed
 from schemas.codec import decode, encode, header_of
-from schemas.errors import MalformedRecord, UnknownSchema
+from schemas.errors import IncompatibleState, MalformedRecord, UnknownSchema
 from schemas.ids import LegId, ObjectId, RunId, SnapshotId, Tenant
 from schemas.reasons import Channel, Lane, Reason, RunStatus
 from schemas.records import (
@@ -212,3 +212,12 @@ def test_ticks_do_not_multiply_when_state_is_restored() -> None:
         for at in due:
             list(operator.on_timer(at, state))
         assert len(state.timers) == 1
+
+
+def test_a_run_kept_in_a_newer_layout_ends_the_job() -> None:
+    state = Value()
+    list(coordinate(state).process_element(launch(), state))
+    state.kept = newer = state.kept[:2] + b"\1" * 8 + state.kept[10:]
+    with pytest.raises(IncompatibleState, match=r"RunState.*newer layout"):
+        list(coordinate(state).process_element(pause(1), state))
+    assert state.kept == newer

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas import codec, recipient_bytes
-from schemas.errors import MalformedRecord, UnknownSchema
+from schemas.errors import Corrupt, IncompatibleState, MalformedRecord, UnknownSchema
 from schemas.ids import LegId, RunId, Tenant
 from schemas.records import ConsentStatus, Outcomes, PageOrder
-from schemas.state import ConsentEntry, RecipientState, Reservation
+from schemas.state import ConsentEntry, PageState, RecipientState, Reservation, RunState
 from tests.schemas import samples
 
 RECORDS = codec.record_classes()
@@ -218,6 +218,21 @@ def test_what_is_no_record_is_refused_as_such(data: bytes) -> None:
             codec.decode(codec.header_of(kind) + data + b"\xff", kind)
     with pytest.raises(MalformedRecord):
         recipient_bytes.read(codec.header_of(RecipientState) + data + b"\xff")
+
+
+@pytest.mark.parametrize("kind", [RecipientState, RunState, PageState], ids=named)
+def test_state_of_a_layout_that_nobody_knows_is_no_record_to_skip(kind: type) -> None:
+    data = codec.encode(samples.fixed_record(kind))
+    newer = data[:2] + b"\1" * 8 + data[10:]
+    with pytest.raises(
+        IncompatibleState, match=r"newer layout.*0101.*Install.*savepoint"
+    ) as caught:
+        codec.decode_state(newer, kind)
+    assert not isinstance(caught.value, MalformedRecord | Corrupt)
+    if kind is RecipientState:
+        with pytest.raises(IncompatibleState, match="newer layout"):
+            recipient_bytes.read(newer)
+    assert codec.decode_state(data, kind) == codec.decode(data, kind)
 
 
 def test_messages_say_what_was_wrong() -> None:
