@@ -40,7 +40,6 @@ STACK = [
 ]
 DEV = [
     "pytest==9.2.0",
-    "pytest-xdist==3.8.0",  # tests without the stack run beside those with it
     "hypothesis==6.170.15",
     "mypy==2.4.1",
     "ruff==0.17.5",

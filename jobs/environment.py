@@ -26,12 +26,13 @@ def environment(
     configuration.set_string("python.execution-mode", "thread")
     configuration.set_string("python.metric.enabled", "false")
     # Killed processes are no failure of a job, and while they are away its attempts may fail by
-    # the dozen; the same failure over and over ends it, loudly.
+    # the dozen; the same failure over and over ends it, loudly. The first attempts come quickly: a
+    # process that died is mostly back at once. Later ones leave a server time to come back.
     strategy = "restart-strategy.exponential-delay"
     healthy = f"{round(settings.failure_interval.total_seconds())} s"
     configuration.set_string("restart-strategy.type", "exponential-delay")
     configuration.set_string(f"{strategy}.initial-backoff", "500 ms")
-    configuration.set_string(f"{strategy}.max-backoff", "3 s")
+    configuration.set_string(f"{strategy}.max-backoff", "10 s")
     configuration.set_string(f"{strategy}.backoff-multiplier", "1.5")
     configuration.set_string(f"{strategy}.reset-backoff-threshold", healthy)
     configuration.set_string(f"{strategy}.attempts-before-reset-backoff", str(settings.failures))

@@ -46,8 +46,10 @@ class JobSettings(BaseSettings):
     failures: int = Field(default=60, ge=1)
     """A job ends when it fails more often than this with never ``failure_interval`` between two
     failures: processes that are killed or away for minutes are lived through (it is started again
-    every 3 seconds at most), the same failure over and over is not."""
-    failure_interval: timedelta = timedelta(minutes=1)
+    after half a second at first, after 10 seconds at most), the same failure over and over is
+    not."""
+    failure_interval: timedelta = timedelta(seconds=30)
+    """After so long without a failure the count begins anew, and so do the pauses before starts."""
 
     def topic(self, name: str) -> str:
         """The deployed name of a topic of ``schemas.topics``."""

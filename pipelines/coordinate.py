@@ -184,7 +184,7 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
             case "PageResult":
                 return coordinator.on_result(decode(data, PageResult), now)
             case "Outcomes":
-                return coordinator.on_outcomes(decode(data, Outcomes), now)
+                return coordinator.on_outcomes(decode(data, Outcomes).require_sound(), now)
             case other:
                 raise UnknownSchema(
                     f"coordinate takes Command, PageResult and Outcomes, got {other or 'bytes'} "
@@ -219,19 +219,19 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
     ) -> Iterator[bytes]:
         yield from self._emit(effects)
         if effects.publish:
-            self._publish(coordinator)
+            self._publish(coordinator, now)
         if effects.create_ledger and self._create_ledger(coordinator):
             after = coordinator.on_ledger_created(now)
             yield from self._emit(after)
             if after.publish:
-                self._publish(coordinator)
+                self._publish(coordinator, now)
 
     @staticmethod
     def _emit(effects: Effects) -> Iterator[bytes]:
         for record in (*effects.orders, *effects.closings, *effects.events):
             yield encode(record)
 
-    def _publish(self, coordinator: Coordinator) -> None:
+    def _publish(self, coordinator: Coordinator, now: datetime) -> None:
         run = coordinator.memory.run
         if run is None:
             return
@@ -242,7 +242,7 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
         except Unavailable as error:
             log.warning("run %s: its status waits to be published: %s", run.run, error)
             return
-        coordinator.on_published(run.version)
+        coordinator.on_published(run.version, now)
 
     def _create_ledger(self, coordinator: Coordinator) -> bool:
         run = coordinator.memory.run
@@ -294,8 +294,7 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
         run = coordinator.memory.run
         if run is None:
             return
-        unpublished = run.published_version < run.version and run.status is not RunStatus.REFUSED
-        busy = coordinator.closing or unpublished
+        busy = coordinator.closing or coordinator.unpublished(now)
         if run.status.terminal and not busy and not coordinator.memory.open:
             self._memories.pop(key, None)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import datetime
 
 from schemas.codec import encode, leading_strings, name_of
@@ -9,6 +10,10 @@ from schemas.errors import FanfareError, MalformedRecord, UnknownSchema
 from schemas.ids import derive
 from schemas.reasons import Reason
 from schemas.records import DeadLetter
+from schemas.topics import LARGEST_VALUE
+
+LARGEST_ORIGINAL = LARGEST_VALUE - 64 * 1024
+"""Bytes of a record that a letter holds. Larger ones exist compressed: Kafka limits batches."""
 
 
 class DeadLetterRatioPassed(FanfareError):
@@ -39,7 +44,7 @@ class DeadLetterGate:
     def letter(
         self, data: bytes, error: Exception, now: datetime, *, step: str, source: str
     ) -> bytes:
-        """The dead letter of a record, whole.
+        """The dead letter of a record, whole up to ``LARGEST_ORIGINAL``.
 
         Raises:
             DeadLetterRatioPassed: with this one the share passes the limit.
@@ -52,9 +57,15 @@ class DeadLetterGate:
             raise DeadLetterRatioPassed(
                 f"{self._operator}: {bad} of the last {seen} records are dead letters, more than "
                 f"{self._ratio:.0%}. The newest, at {step}: {error}. See `fanfare dead-letters`; "
-                "deploy what reads them or stop what writes them, then restart the job."
+                "deploy what reads them or stop what writes them, then start the job with "
+                "FANFARE_DEAD_LETTER_RATIO=1, which takes it past those that are there."
             )
         tenant, run = _whose(data)
+        detail = str(error)[:500]
+        kept = data[:LARGEST_ORIGINAL]
+        if len(kept) < len(data):
+            digest = hashlib.sha256(data).hexdigest()
+            detail += f" [the first {len(kept)} of {len(data)} bytes; SHA-256 {digest}]"
         return encode(
             DeadLetter(
                 letter_id=derive("dead-letter", (self._operator, step, data.hex())),
@@ -62,9 +73,9 @@ class DeadLetterGate:
                 run=run,
                 step=f"{self._operator}/{step}",
                 reason=reason,
-                detail=str(error)[:500],
+                detail=detail,
                 source=source,
-                original=data,
+                original=kept,
                 first_at=now,
                 last_at=now,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from pyflink.common import Types
@@ -13,7 +13,7 @@ from pyflink.datastream import KeyedProcessFunction, RuntimeContext
 from pyflink.datastream.state import MapStateDescriptor
 
 from pipelines.dead_letters import DeadLetterGate
-from schemas.codec import decode, encode, name_of
+from schemas.codec import decode, encode, name_of, to_millis
 from schemas.errors import (
     Corrupt,
     CorruptPage,
@@ -21,11 +21,12 @@ from schemas.errors import (
     MalformedRecord,
     MissingObject,
     MissingSnapshot,
+    Unavailable,
     UnknownSchema,
 )
 from schemas.reasons import Reason
 from schemas.records import CampaignSpec, ConsentChange, ConsentStatus, Outcomes, PageOrder
-from transforms.consent import change_bytes
+from transforms.consent import change_bytes, for_claims, forgotten_by_claims
 from transforms.decide import PageFacts, decide_page, fold_page_outcomes, skip_page, state_key
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class DecideParts:
 
 
 _KEPT_SPECS = 256
+_REPEAT = timedelta(milliseconds=500)
+"""How soon a consent change that Redis did not take is told again."""
 
 
 class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
@@ -95,6 +98,12 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._people = runtime_context.get_map_state(
             MapStateDescriptor("people", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
         )
+        self._owed_state = runtime_context.get_map_state(
+            MapStateDescriptor("owed", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
+        )
+        self._owed: dict[int, dict[str, ConsentChange]] = {}
+        self._armed: dict[int, int] = {}
+        self._away_until: datetime | None = None
         self._store = parts.store()
         self._opt_outs = parts.opt_outs()
         self._specs: dict[str, CampaignSpec] = {}
@@ -109,9 +118,9 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
                 case "PageOrder":
                     yield from self._decide(decode(data, PageOrder), now)
                 case "Outcomes":
-                    self._fold(decode(data, Outcomes))
+                    self._fold(decode(data, Outcomes).require_sound())
                 case "ConsentChange":
-                    self._consent(decode(data, ConsentChange))
+                    self._consent(decode(data, ConsentChange), ctx, now)
                 case other:
                     raise UnknownSchema(
                         "decide takes PageOrder, Outcomes and ConsentChange, got "
@@ -121,6 +130,21 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
             yield self._gate.letter(data, error, now, step="read", source="decide's topics")
             return
         self._gate.good()
+
+    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[bytes]:
+        """Tell Redis again what it is owed."""
+        key: int = ctx.get_current_key()
+        # A timer kept in state across a restart must not start a second chain of them.
+        if self._armed.get(key, timestamp) == timestamp:
+            self._armed.pop(key, None)
+            now = datetime.now(UTC)
+            for name, change in list(self._owed_of(key).items()):
+                if not forgotten_by_claims(change, now) and not self._told(change, now):
+                    break
+                del self._owed[key][name]
+                self._owed_state.remove(name)
+            self._arm(key, ctx, now)
+        yield from ()
 
     def _decide(self, order: PageOrder, now: datetime) -> Iterator[bytes]:
         try:
@@ -158,15 +182,54 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
         states = self._states(outcomes.tenant)
         self._keep(outcomes.tenant, fold_page_outcomes(outcomes, index, states))
 
-    def _consent(self, change: ConsentChange) -> None:
+    def _consent(
+        self, change: ConsentChange, ctx: KeyedProcessFunction.Context, now: datetime
+    ) -> None:
         key = state_key(change.tenant, change.recipient_id)
         kept = self._people.get(key)
         after = change_bytes(None if kept is None else bytes(kept), change)
-        if after is not None:
-            self._people.put(key, after)
+        if after is None:
+            return
+        self._people.put(key, after)
+        shard: int = ctx.get_current_key()
+        owed = self._owed_of(shard)
+        for one in for_claims(after, change, now):
+            # Behind what is owed already: of one person's scope Redis must have the latest last.
+            if owed or not self._told(one, now):
+                name = f"{key}\0{one.channel}\0{one.topic}"
+                owed[name] = one
+                self._owed_state.put(name, encode(one))
+        self._arm(shard, ctx, now)
+
+    def _told(self, change: ConsentChange, now: datetime) -> bool:
+        """Whether Redis has it. One that does not answer is not asked for a while: each asking
+        takes its time-out, in which nothing is decided."""
+        if self._away_until is not None and now < self._away_until:
+            return False
         granted = change.status is ConsentStatus.GRANTED
         remember = self._opt_outs.opt_in if granted else self._opt_outs.opt_out
-        remember(change.tenant, change.recipient_id, change.channel, change.topic)
+        try:
+            remember(change.tenant, change.recipient_id, change.channel, change.topic)
+        except Unavailable as error:
+            log.warning("a consent change waits until claims can be told of it: %s", error)
+            self._away_until = datetime.now(UTC) + _REPEAT
+            return False
+        self._away_until = None
+        return True
+
+    def _owed_of(self, key: int) -> dict[str, ConsentChange]:
+        """What Redis must be told of a shard's people yet, by person and scope."""
+        owed = self._owed.get(key)
+        if owed is None:
+            kept = self._owed_state.items()
+            owed = {name: decode(bytes(data), ConsentChange) for name, data in kept}
+            self._owed[key] = owed
+        return owed
+
+    def _arm(self, key: int, ctx: KeyedProcessFunction.Context, now: datetime) -> None:
+        if self._owed_of(key) and key not in self._armed:
+            self._armed[key] = to_millis(now + _REPEAT)
+            ctx.timer_service().register_processing_time_timer(self._armed[key])
 
     def _states(self, tenant: str) -> Callable[[str], bytes | None]:
         get = self._people.get

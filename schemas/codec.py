@@ -260,6 +260,8 @@ def _read_long(data: bytes, at: int) -> tuple[int, int]:
     """A zig-zag variable-length long and where the next value begins."""
     shift = value = 0
     while True:
+        if shift > 63:
+            raise MalformedRecord(f"a long of more than 10 bytes ends at {at}")
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift

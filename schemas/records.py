@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum
 
+from schemas.errors import MalformedRecord
 from schemas.ids import LegId, ObjectId, RecipientId, RunId, SnapshotId, Tenant
+from schemas.pages import PAGE_SIZE
 from schemas.reasons import Channel, Lane, Outcome, Reason, RunStatus
 
 
@@ -285,6 +287,16 @@ class Outcomes:
     page: int
     at: datetime
     groups: tuple[OutcomeGroup, ...]
+
+    def require_sound(self) -> Outcomes:
+        """Itself. Raises MalformedRecord where an index is of no page."""
+        for group in self.groups:
+            if any(not 0 <= index < PAGE_SIZE for index in group.indexes):
+                raise MalformedRecord(
+                    f"indexes of outcomes are 0 to {PAGE_SIZE - 1}, got {min(group.indexes)} to "
+                    f"{max(group.indexes)}"
+                )
+        return self
 
 
 @dataclass(frozen=True, slots=True)

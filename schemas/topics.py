@@ -10,6 +10,9 @@ from datetime import timedelta
 
 from schemas.reasons import Channel, Lane
 
+LARGEST_VALUE = 16 * 1024 * 1024
+"""Bytes: what Fanfare itself may write, such as a dead letter that holds a whole record."""
+
 
 @dataclass(frozen=True, slots=True)
 class Topic:
@@ -20,6 +23,8 @@ class Topic:
     partitions: int
     retention: timedelta
     compacted: bool = False
+    largest: int = 1 << 20
+    """Bytes of a value that the broker takes, compressed or not."""
 
 
 COMMANDS = "fanfare.commands"
@@ -43,7 +48,7 @@ TOPICS: tuple[Topic, ...] = (
     Topic(OUTCOMES, "Outcomes", 4, timedelta(days=30)),
     Topic(RUNS, "RunEvent", 1, timedelta(days=365)),
     Topic(WEBHOOKS_RAW, "RawWebhook", 4, timedelta(days=7)),
-    Topic(DEAD_LETTERS, "DeadLetter", 1, timedelta(days=30)),
+    Topic(DEAD_LETTERS, "DeadLetter", 1, timedelta(days=30), largest=LARGEST_VALUE),
     Topic(sends_topic(Lane.PROMOTIONAL, Channel.EMAIL), "Send", 4, timedelta(days=7)),
     Topic(sends_topic(Lane.CRITICAL, Channel.EMAIL), "Send", 4, timedelta(days=1)),
 )

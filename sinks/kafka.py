@@ -21,6 +21,8 @@ from pyflink.datastream.connectors.kafka import (
     KafkaSource,
 )
 
+from schemas.topics import LARGEST_VALUE
+
 
 def byte_type() -> Any:
     """The type of stream elements that are bytes; a Java proxy, so built where it is used."""
@@ -39,6 +41,9 @@ def source(
     A job that starts without a savepoint reads all that is kept: state is rebuilt, and the ledger
     makes what was sent before safe. Offsets are in the checkpoints; they are committed to
     ``group`` only to be looked at.
+
+    Partitions are looked for when a job starts and not again: they are fixed, and a look that
+    fails, as it does while the broker is away, would fail the whole job.
     """
     kafka = (
         KafkaSource.builder()
@@ -48,7 +53,7 @@ def source(
         .set_starting_offsets(KafkaOffsetsInitializer.earliest())
         .set_value_only_deserializer(ByteArraySchema())
         .set_property("isolation.level", "read_committed")
-        .set_property("partition.discovery.interval.ms", "30000")
+        .set_property("partition.discovery.interval.ms", "-1")
         .set_property("fetch.max.wait.ms", "100")
         .build()
     )
@@ -85,6 +90,7 @@ def sink(
         .set_property("linger.ms", "5")
         .set_property("batch.size", "131072")
         .set_property("compression.type", "lz4")
+        .set_property("max.request.size", str(LARGEST_VALUE + 64 * 1024))
         .set_property("enable.idempotence", "true")
     )
     if transactions is None:

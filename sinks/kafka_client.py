@@ -55,7 +55,8 @@ def read_all(servers: str, topic: str) -> Iterator[bytes]:
         while left:
             for records in consumer.poll(timeout_ms=500).values():
                 for record in records:
-                    yield record.value
+                    if record.value is not None:
+                        yield record.value
             left = {one for one in left if consumer.position(one) < ends[one]}
 
 
@@ -74,6 +75,11 @@ def read_from_end(servers: str, topic: str, back: int = 0) -> Iterator[Callable[
 
         def poll() -> list[bytes]:
             batches = consumer.poll(timeout_ms=100).values()
-            return [record.value for records in batches for record in records]
+            return [
+                record.value
+                for records in batches
+                for record in records
+                if record.value is not None
+            ]
 
         yield poll

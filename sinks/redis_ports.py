@@ -144,7 +144,7 @@ class RedisOptOuts:
         )
 
     def opt_in(self, tenant: str, recipient_id: str, channel: str, topic: str) -> None:
-        """Forget a withdrawal of exactly this scope: it was granted anew."""
+        """Forget a withdrawal of exactly this scope: a grant covers it."""
         ledger_upkeep.opt_in(
             self._client,
             shard_of(tenant, recipient_id),

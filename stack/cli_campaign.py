@@ -7,6 +7,8 @@ import json
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +19,7 @@ from rich.table import Table
 
 from schemas import topics
 from schemas.codec import decode, encode
-from schemas.errors import InvalidCampaign, MalformedRecord, Unavailable
+from schemas.errors import CorruptPage, InvalidCampaign, MalformedRecord, Unavailable
 from schemas.ids import ObjectId, RunId, Tenant
 from schemas.pages import bitmap_bytes, bitmap_from, full_bitmap
 from schemas.records import (
@@ -29,10 +31,12 @@ from schemas.records import (
     PageOrder,
     RunEvent,
 )
-from sinks.store import FileStore
+from schemas.snapshot import PageBody
+from sinks.store import FileStore, Snapshot
+from stack.operators import readable
 from stack.reach import topic_prefix, variable
 from transforms.campaign_file import parse_campaign
-from transforms.examine import misfits
+from transforms.examine import misfits, unrenderable
 from transforms.rendering import TemplateSource, compile_template
 
 app = typer.Typer(no_args_is_help=True, help="Campaigns: launch them and control them.")
@@ -106,8 +110,8 @@ def await_answer(
     with read_from_end(servers, prefix + topics.RUNS, back=2000) as poll:
         while time.monotonic() < until:
             for value in poll():
-                event = decode(value, RunEvent)
-                if event.command_id == command_id:
+                event = readable(value)
+                if event is not None and event.command_id == command_id:
                     return event
     return None
 
@@ -199,7 +203,10 @@ def launch(
     """Launch a campaign. A file with mistakes is refused, with line, field and expectation."""
     spec = read_campaign(file, run, tenant or "default", snapshot)
     store = FileStore(variable("FANFARE_STORE", home))
-    problems = list(misfits(spec, store.open_snapshot(spec.snapshot).manifest))
+    audience = store.open_snapshot(spec.snapshot)
+    problems = list(misfits(spec, audience.manifest)) or list(
+        unrenderable(spec, _first_pages(audience))
+    )
     if problems:
         raise InvalidCampaign(f"{file} does not fit its audience:\n  " + "\n  ".join(problems))
     if dry_run:
@@ -207,6 +214,14 @@ def launch(
         return
     command = new_command(CommandKind.LAUNCH, spec.tenant, spec.run, launch=spec)
     _issue(command, wait, as_json, home)
+
+
+def _first_pages(audience: Snapshot) -> Iterator[tuple[list[str], PageBody]]:
+    """Pages on whose people templates are tried; a damaged one is told by ``audience verify``."""
+    for entry in audience.manifest.pages:
+        with suppress(CorruptPage):
+            index = audience.read_index(entry.shard, entry.page)
+            yield index.recipient_ids, audience.read_body(entry.shard, entry.page)
 
 
 def dry_run_counts(
@@ -369,7 +384,9 @@ def status(
 
     latest: dict[str, RunEvent] = {}
     for value in read_all(variable("FANFARE_KAFKA", home), topic_prefix(home) + topics.RUNS):
-        event = decode(value, RunEvent)
+        event = readable(value)
+        if event is None:
+            continue
         if event.tenant == tenant and event.campaign and run in (None, event.run):
             latest[event.run] = event
     if run is not None and run not in latest:

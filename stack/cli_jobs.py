@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from schemas.errors import InvalidInput
 from stack.layout import home as home_at
 
 app = typer.Typer(no_args_is_help=True, help="The Flink jobs of the embedded stack.")
@@ -35,15 +37,19 @@ def start(
 ) -> None:
     """Create topics and tables, submit the jobs that don't run, wait until all run.
 
-    A job that ran here before goes on from its last checkpoint.
+    A job that ran here before goes on from its newest checkpoint or savepoint.
     """
     from stack.jobs import start_jobs
 
+    wide = os.environ.get("FANFARE_PARALLELISM") or "1"
+    if not wide.isdigit() or int(wide) < 1:
+        raise InvalidInput(f"FANFARE_PARALLELISM={wide}: expected a number from 1")
     console = Console(stderr=True)
     found = start_jobs(
         home_at(home),
         lambda line: console.print(line, highlight=False, soft_wrap=True),
         forget=forget_state,
+        parallelism=int(wide),
     )
     if as_json:
         print(json.dumps(found))

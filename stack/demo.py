@@ -21,7 +21,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ruamel.yaml import YAML
 
 from schemas import topics
-from schemas.codec import decode
 from schemas.errors import StackFailed
 from schemas.records import CommandKind, RunEvent
 from schemas.tables import StepKind
@@ -38,6 +37,8 @@ SEGMENT = "age >= 18"
 ZONE = "Europe/Berlin"
 """Whoever has the clock of this zone is asked to wait for the end of the quiet hours."""
 SHORTEST_QUIET = timedelta(seconds=15)
+_LOOK_EVERY_S = 10.0
+"""How often it is asked whether the jobs live: a campaign without them would be waited for."""
 _TELL_EVERY_S = 5.0
 """Where there is no terminal, progress is a line now and then."""
 EXAMPLE = Path(__file__).with_name("example_campaign.yaml")
@@ -102,10 +103,14 @@ def demo(
         books = _books(where, run)
     provider = _control(where, f"/stats?run={run}")
     line = _line(books, provider, clock.seconds)
+    arrived = line["accepted"] <= line["provider"]["unique"] <= line["accepted"] + line["unknown"]
     if not as_json:
         _tell_books(where, run, books, console)
     print(json.dumps(line), flush=True)
-    good = line["balanced"] and line["pending"] == 0 and line["provider"]["duplicates"] == 0
+    if not arrived:
+        console.print("The provider has not what the books say was accepted.", style="red")
+    whole = line["balanced"] and line["pending"] == 0
+    good = whole and arrived and line["provider"]["duplicates"] == 0
     raise typer.Exit(0 if good else 1)
 
 
@@ -193,13 +198,16 @@ def _control(home: Home, path: str, method: str = "GET", timeout_s: float = 5) -
 
 
 def _follow(home: Home, run: str, console: Console) -> None:
-    """Show the run until it ends."""
+    """Show the run until it ends. Raises StackFailed where a job has ended meanwhile."""
+    from stack.jobs import require_running
+    from stack.operators import readable
+
     columns = (
         BarColumn(bar_width=20),
         TextColumn("{task.percentage:>3.0f} %  {task.fields[note]}"),
     )
     latest: RunEvent | None = None
-    told = 0.0
+    told, looked = 0.0, time.monotonic()
     with (
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
         read_from_end(endpoints(home).kafka, topics.RUNS, back=200) as poll,
@@ -207,9 +215,12 @@ def _follow(home: Home, run: str, console: Console) -> None:
         task = progress.add_task("", total=1, note="waiting for the first answer")
         while latest is None or not latest.status.terminal:
             for value in poll():
-                event = decode(value, RunEvent)
-                if event.run == run and event.tenant == TENANT:
+                event = readable(value)
+                if event is not None and event.run == run and event.tenant == TENANT:
                     latest = event
+            if time.monotonic() - looked > _LOOK_EVERY_S:
+                looked = time.monotonic()
+                require_running(home)
             if latest is None:
                 continue
             note = _note(latest, _control(home, "/stats"))
@@ -226,7 +237,7 @@ def _note(event: RunEvent, stats: dict[str, Any]) -> str:
     accepted = int(of_run.get("accepted", 0))
     rate = int(stats.get("accepted_last_second", 0))
     skipped = max(0, event.audience - event.pending - accepted)
-    left = f"{event.open / rate:.0f} s" if rate else "-"
+    left = f"{(event.pending - event.deferred) / rate:.0f} s" if rate else "-"
     return (
         f"{rate:,}/s, accepted {accepted:,}, open {event.open:,}, skipped {skipped:,}, "
         f"deferred {event.deferred:,}, ETA {left}"

@@ -43,12 +43,13 @@ def submit(
     parallelism: int,
     args: Sequence[str] = (),
     savepoint: str | None = None,
-    variables: Mapping[str, str] | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> str:
     """Run `flink run -d -py JOB` against the stack in `home` and return the job's id.
 
-    The job's process gets the FANFARE_ variables, and `variables` besides. `savepoint` is the
-    path to resume from.
+    The job's process gets the FANFARE_ variables, with `parallelism` among them: what a job's
+    script says prevails over the client's `-p`. `env` is added to them, or replaces some.
+    `savepoint` is the path to resume from.
     Raises StackFailed with the end of the client's output when the job was not accepted.
     """
     tools = prerequisites.find(need_redis=False)
@@ -75,8 +76,9 @@ def submit(
             **os.environ,
             **environment(home),
             **flink_conf.process_environment(home, tools),
-            **(variables or {}),
             "PYTHONPATH": python_path,
+            "FANFARE_PARALLELISM": str(parallelism),
+            **(env or {}),
         },
     )
     output = done.stdout + done.stderr
@@ -115,6 +117,12 @@ def tasks_running(home: Home, job_id: str) -> bool:
     return job["state"] == "RUNNING" and all(
         vertex["tasks"]["RUNNING"] == vertex["parallelism"] for vertex in job["vertices"]
     )
+
+
+def parallelism_of(home: Home, job_id: str) -> int:
+    """How many subtasks the widest operator of a job has."""
+    vertices = _call(home, "GET", f"/jobs/{job_id}")["vertices"]
+    return max((int(vertex["parallelism"]) for vertex in vertices), default=1)
 
 
 def wait_running(home: Home, job_id: str, timeout: timedelta = timedelta(seconds=60)) -> None:

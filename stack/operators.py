@@ -13,7 +13,7 @@ import typer
 
 from schemas import topics
 from schemas.codec import decode
-from schemas.errors import Unavailable
+from schemas.errors import MalformedRecord, Unavailable
 from schemas.records import Command, RunEvent
 from sinks.store import FileStore
 from stack.reach import reach, variable
@@ -84,6 +84,14 @@ def write(where: Servers, values: Iterable[bytes]) -> None:
         raise Unavailable(f"Kafka at {where.kafka} did not take it: {error}; try again") from error
 
 
+def readable(value: bytes) -> RunEvent | None:
+    """An audit event; None for what is none, which anybody may have written into the topic."""
+    try:
+        return decode(value, RunEvent)
+    except MalformedRecord:
+        return None
+
+
 def answers(where: Servers, command_ids: Collection[str], within: timedelta) -> dict[str, RunEvent]:
     """The coordinator's answers to these commands, as far as they come in time."""
     from sinks.kafka_client import read_from_end
@@ -93,8 +101,8 @@ def answers(where: Servers, command_ids: Collection[str], within: timedelta) -> 
     with read_from_end(where.kafka, where.topic(topics.RUNS), back=2000) as poll:
         while len(found) < len(command_ids):
             for value in poll():
-                event = decode(value, RunEvent)
-                if event.command_id in command_ids:
+                event = readable(value)
+                if event is not None and event.command_id in command_ids:
                     found[event.command_id] = event
             if time.monotonic() > until:
                 break

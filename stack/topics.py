@@ -34,6 +34,7 @@ def create_topics(servers: str, prefix: str = "", replicas: int = 1) -> list[str
                 topic_configs={
                     "retention.ms": str(int(topic.retention / _MILLISECOND)),
                     "cleanup.policy": "compact" if topic.compacted else "delete",
+                    "max.message.bytes": str(topic.largest + 64 * 1024),
                 },
             )
             for topic in missing

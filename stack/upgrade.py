@@ -15,7 +15,7 @@ from datetime import timedelta
 
 from schemas.errors import StackFailed
 from stack.flink_jobs import running_jobs, stop_with_savepoint, submit, wait_running
-from stack.jobs import JOBS, broken_off_upgrade, remember
+from stack.jobs import JOBS, JobNote, broken_off_upgrade, remember, remember_running, remembered
 from stack.layout import Home, processes, replace_file
 from stack.process import end
 
@@ -28,7 +28,8 @@ def upgrade(
 ) -> dict[str, str]:
     """Stop the jobs behind savepoints, restart TaskManagers, submit what is installed now.
 
-    ``parallelism`` by job name rescales; 1 where it says nothing. Returns the new Flink job ids.
+    ``parallelism`` by job name rescales; where it says nothing, a job keeps what it has.
+    Returns the new Flink job ids.
 
     Raises:
         StackFailed: a job was not stopped, or its new code was not accepted (an incompatible
@@ -39,17 +40,15 @@ def upgrade(
         raise StackFailed("no job runs, and no upgrade was broken off: `fanfare jobs start`")
     _restart_taskmanagers(home, progress)
     wanted = parallelism or {}
+    notes = remembered(home)
 
     def resume(name: str) -> tuple[str, str]:
-        job_id = submit(
-            home,
-            JOBS[name].script,
-            parallelism=wanted.get(name, 1),
-            savepoint=stopped[name],
-            variables=JOBS[name].variables,
-        )
+        job = JOBS[name]
+        wide = wanted.get(name) or (notes[name].parallelism if name in notes else None) or 1
+        state = stopped[name]
+        job_id = submit(home, job.script, parallelism=wide, savepoint=state, env=job.variables)
+        remember(home, name, JobNote(job_id, state, wide))
         wait_running(home, job_id)
-        remember(home, name, job_id)
         progress(f"job {name} goes on")
         return name, job_id
 
@@ -72,6 +71,10 @@ def _stop(home: Home, progress: Progress) -> dict[str, str]:
     notes = broken_off_upgrade(home)
     stopped: dict[str, str] = json.loads(notes.read_text()) if notes.exists() else {}
     running = {job.name: job.id for job in running_jobs(home)}
+
+    for name, job in JOBS.items():
+        if job.name in running:
+            remember_running(home, name, running[job.name])
 
     def stop(name: str) -> None:
         stopped[name] = stop_with_savepoint(home, running[JOBS[name].name])

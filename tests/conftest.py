@@ -1,4 +1,4 @@
-"""Fixtures for all tests, and how they are shared between two processes."""
+"""Fixtures for all tests, and which of them need a Flink."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import pytest
 pytest_plugins = ["tests.stack_fixture"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before a choice by markers is made
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have one process run all that need a Flink, beginning at once: they take longest.
+    """Mark what needs a Flink: `make test` runs it beside the rest.
 
-    First those that start one of their own: two cores bear one at a time.
+    First come tests that start a Flink of their own, since two cores bear one at a time; last what
+    breaks all.
     """
-    on_stack = sorted(filter(_needs_flink, items), key=_needs_stack)
-    for item in on_stack:
-        item.add_marker(pytest.mark.xdist_group("stack"))
-    others = [item for item in items if not _needs_flink(item)]
-    items[:] = on_stack + others
+    for item in items:
+        if _needs_stack(item):
+            item.add_marker(pytest.mark.engine)
+    items.sort(key=_how_late)
 
 
-def _needs_flink(item: pytest.Item) -> bool:
-    return _needs_stack(item) or item.get_closest_marker("engine") is not None
+def _how_late(item: pytest.Item) -> int:
+    return _needs_stack(item) + (item.path.parent.name == "chaos")
 
 
 def _needs_stack(item: pytest.Item) -> bool:

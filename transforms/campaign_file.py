@@ -56,6 +56,7 @@ from schemas.records import (
     WindowKind,
 )
 from transforms.caps import LONGEST_WINDOW
+from transforms.coordinate import HIGHEST_RATE, LOWEST_RATE, sound_rate
 from transforms.decide import MAX_VALID_FOR
 from transforms.quiet_hours import zone_named
 
@@ -198,8 +199,11 @@ def _mistakes(spec: CampaignSpec, now: datetime | None) -> Iterable[tuple[str, s
     if not 0 <= spec.holdout_percent <= 100:
         yield "holdout_percent", f"expected 0 to 100, got {spec.holdout_percent:g}"
     rate = spec.rate_per_second
-    if rate is not None and not 0 < rate < math.inf:
-        yield "rate_per_second", f"expected a number above 0, got {rate:g}"
+    if rate is not None and not sound_rate(rate):
+        yield (
+            "rate_per_second",
+            f"expected {LOWEST_RATE:g} to {HIGHEST_RATE:,.0f} messages a second, got {rate:g}",
+        )
     yield from _cap_mistakes(spec.caps)
     yield from _leg_mistakes(spec.legs)
     for name in spec.defaults:

@@ -18,6 +18,8 @@ Precedence, from the strongest:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
 
 from schemas import recipient_bytes
 from schemas.codec import to_millis
@@ -25,8 +27,10 @@ from schemas.reasons import Reason
 from schemas.recipient_bytes import Memory, Word
 from schemas.records import ConsentChange, ConsentStatus
 from schemas.state import RecipientState
+from transforms.ledger import OPT_OUT_MEMORY_MS
 
 ANY = "*"
+_OPT_OUT_MEMORY = timedelta(milliseconds=OPT_OUT_MEMORY_MS)
 _SEVERITY = {
     ConsentStatus.GRANTED: 0,
     ConsentStatus.WITHDRAWN: 1,
@@ -119,3 +123,47 @@ def change_bytes(data: bytes | None, change: ConsentChange) -> bytes | None:
     before = None if data is None else recipient_bytes.read(data)
     after = change_memory(before, change)
     return None if after is before else recipient_bytes.write(after)
+
+
+def _covers(channel: str, topic: str, word: Word | ConsentChange) -> bool:
+    return channel in (ANY, word.channel) and topic in (ANY, word.topic)
+
+
+def for_claims(after: bytes, change: ConsentChange, now: datetime) -> tuple[ConsentChange, ...]:
+    """What claims must be told of a change that has led to the state ``after``: one a scope.
+
+    Each is of exactly one scope, so that of several the latest of a scope is all that counts. A
+    withdrawal is told as itself (an erasure withdraws all), unless a later grant covers it or it is
+    older than what claims remember. A grant takes back its own scope, and each scope that it covers
+    and that was withdrawn before it; a wider or later withdrawal stands.
+    """
+    if forgotten_by_claims(change, now):
+        return ()
+    if change.status is ConsentStatus.ERASED:
+        return (replace(change, channel=ANY, topic=ANY),)
+    words = recipient_bytes.read(after).words
+    at_ms = to_millis(change.at)
+    if change.status is ConsentStatus.GRANTED:
+        covered = [
+            (word.channel, word.topic)
+            for word in words
+            if word.status is not ConsentStatus.GRANTED
+            and word.at_ms < at_ms
+            and _covers(change.channel, change.topic, word)
+        ]
+        return (
+            change,
+            *(replace(change, channel=channel, topic=topic) for channel, topic in covered),
+        )
+    granted_since = any(
+        word.status is ConsentStatus.GRANTED
+        and word.at_ms > at_ms
+        and _covers(word.channel, word.topic, change)
+        for word in words
+    )
+    return () if granted_since else (change,)
+
+
+def forgotten_by_claims(change: ConsentChange, now: datetime) -> bool:
+    """Whether claims need not be told of it any more: what it withdrew is decided as withdrawn."""
+    return change.status is not ConsentStatus.GRANTED and now - change.at >= _OPT_OUT_MEMORY

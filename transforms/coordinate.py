@@ -63,6 +63,9 @@ class CoordinatePolicy:
     remembered_commands: int = 1000
     blocked_look: timedelta = timedelta(milliseconds=200)
     """How soon due deferrals that found the window full are looked at again."""
+    publish_interval: timedelta = timedelta(seconds=5)
+    """How often the status of a run is published though it is the same: an older copy of Redis may
+    have taken the place of the one that knew it."""
 
     def room(self, rate_per_second: float | None) -> int:
         """How many recipients of a leg may be open at once, at least one page."""
@@ -91,7 +94,7 @@ class Effects:
     """Recipients closed without delivery: cancelled or expired before they were sent."""
     events: list[RunEvent] = field(default_factory=list)
     publish: bool = False
-    """Whether Redis must learn the run's status (``RunState.version`` is not published yet)."""
+    """Whether Redis must learn the run's status; see ``Coordinator.unpublished``."""
     create_ledger: bool = False
 
 
@@ -106,6 +109,8 @@ class RunMemory:
     """``run`` as it was last saved: most steps leave it as it is."""
     last_progress: tuple[datetime, tuple[int, ...]] | None = None
     """Not kept across a restart: when progress was last told, and what."""
+    published_at: datetime | None = None
+    """Not kept across a restart: when the run's status was last published."""
     open_by_leg: dict[LegId, int] = field(default_factory=dict)
     deferred_by_leg: dict[LegId, int] = field(default_factory=dict)
     next_look: datetime | None = None
@@ -202,7 +207,8 @@ class Coordinator:
         self, command: Command, now: datetime, facts: LaunchFacts | None, effects: Effects
     ) -> None:
         spec = command.launch
-        if self.memory.run is not None:
+        earlier = self.memory.run
+        if earlier is not None and earlier.status is not RunStatus.REFUSED:
             self._tell(effects, now, command, "this run exists already: launch under another name")
             return
         if spec is None or facts is None:
@@ -226,7 +232,7 @@ class Coordinator:
             spec=facts.spec,
             snapshot=spec.snapshot,
             status=RunStatus.REFUSED if problems else status,
-            version=to_millis(now),
+            version=to_millis(now) if earlier is None else _later(earlier, now),
             published_version=0,
             ledger_ready=False,
             legs=()
@@ -234,7 +240,7 @@ class Coordinator:
             else tuple(LegState(leg.leg, 0, first, audience) for leg in spec.legs),
             shard_counts=() if problems else facts.shard_counts,
             rate_per_second=spec.rate_per_second,
-            commands=(command.command_id,),
+            commands=(*(earlier.commands if earlier is not None else ()), command.command_id),
             start_at=spec.start_at,
             deadline=spec.deadline,
             launched_at=now,
@@ -290,8 +296,12 @@ class Coordinator:
             bits = bitmap_from(one.ordinals) & ~_held(page)
             if bits:
                 self._defer(key, page, bits, now)
-        if run.status is RunStatus.COMPLETED:
-            self._set_status(RunStatus.RUNNING, now)
+        # The version grows in a running run, too: this one's predecessor, ended after its last
+        # checkpoint, may have published the run as completed under a version above this one's, and
+        # no send of the run would ever be let through again.
+        self._set_status(
+            RunStatus.RUNNING if run.status is RunStatus.COMPLETED else run.status, now
+        )
         return ""
 
     # what comes back
@@ -360,9 +370,11 @@ class Coordinator:
 
     # what the shell did
 
-    def on_published(self, version: int) -> None:
+    def on_published(self, version: int, now: datetime) -> None:
         """Redis has the run's status as of ``version``."""
         run = self._run
+        if version == run.version:
+            self.memory.published_at = now
         if version > run.published_version:
             self.memory.run = replace(run, published_version=version)
 
@@ -425,9 +437,7 @@ class Coordinator:
                 self._tell(effects, now, None, "")
         run = self._run
         effects.create_ledger = not run.ledger_ready and not run.status.terminal
-        effects.publish = (
-            run.published_version < run.version and run.status is not RunStatus.REFUSED
-        )
+        effects.publish = self.unpublished(now)
         self._progress(now, effects)
 
     def _attend(self, now: datetime, effects: Effects) -> None:
@@ -615,6 +625,23 @@ class Coordinator:
             and any(leg.unordered for leg in run.legs)
         )
 
+    def unpublished(self, now: datetime) -> bool:
+        """Whether the run's status is to be published: it is new, or may have been undone.
+
+        As long as something of the run can be sent, it is published again and again, and at once
+        after a restart: should an older copy take Redis' place, its older status holds only until
+        then. Who has a later version ignores it.
+        """
+        run = self.memory.run
+        if run is None or run.status is RunStatus.REFUSED:
+            return False
+        if run.published_version < run.version:
+            return True
+        if run.status.terminal and not self.memory.pending:
+            return False
+        last = self.memory.published_at
+        return last is None or not timedelta() <= now - last < self.policy.publish_interval
+
     def _counts(self) -> tuple[int, ...]:
         memory = self.memory
         return (memory.pending, memory.unordered, memory.open, memory.deferred)
@@ -659,7 +686,7 @@ class Coordinator:
                 command=command.kind if command else None,
                 by=command.issued_by if command else "fanfare",
                 accepted=not problem,
-                note=problem or (command.note if command else ""),
+                note=_short(problem or (command.note if command else "")),
                 spec=run.spec,
                 snapshot=run.snapshot,
                 audience=audience,
@@ -671,6 +698,14 @@ class Coordinator:
                 shard_counts=run.shard_counts if launched else (),
             )
         )
+
+
+LONGEST_NOTE = 4_000
+"""Characters: an event must fit into a Kafka record, whatever was wrong."""
+
+
+def _short(note: str) -> str:
+    return note if len(note) <= LONGEST_NOTE else f"{note[:LONGEST_NOTE]} …"
 
 
 def sound_rate(per_second: float) -> bool:
@@ -736,7 +771,7 @@ def _refusal_without_run(command: Command, now: datetime, why: str = "") -> RunE
         command=command.kind,
         by=command.issued_by,
         accepted=False,
-        note=why or f"there is no run {command.run!r} of tenant {command.tenant!r}",
+        note=_short(why) or f"there is no run {command.run!r} of tenant {command.tenant!r}",
         spec=None,
         snapshot=None,
         audience=0,

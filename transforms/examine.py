@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from schemas.errors import InvalidTemplate, RenderingFailed
 from schemas.ids import RecipientId
-from schemas.records import CampaignSpec, LegSpec
+from schemas.reasons import Channel
+from schemas.records import CampaignSpec, LegSpec, Route
 from schemas.snapshot import Manifest
 from transforms.personalise import Body, leg_context, message_to
 from transforms.rendering import TemplateSource, explain_variables
@@ -24,9 +25,35 @@ def misfits(spec: CampaignSpec, manifest: Manifest) -> Iterator[str]:
             "build the audience with this tenant"
         )
         return
+    yield from undeliverable(spec)
     known = PROVIDED | set(manifest.attributes) | set(spec.defaults)
     for position, leg in enumerate(spec.legs):
         yield from _template_misfits(f"legs[{position}]", leg, known)
+
+
+DELIVERABLE: Mapping[Channel, frozenset[Route]] = {
+    Channel.EMAIL: frozenset({Route("smtp", "main"), Route("sendgrid", "main")})
+}
+"""The channels on which messages can be sent, and the accounts that a deployment may have."""
+
+
+def undeliverable(spec: CampaignSpec) -> Iterator[str]:
+    """The legs that nothing can send, and the routes to accounts that there can't be."""
+    for position, leg in enumerate(spec.legs):
+        accounts = DELIVERABLE.get(leg.channel)
+        if accounts is None:
+            yield (
+                f"legs[{position}].channel: {leg.channel.value} has no provider yet; expected "
+                f"{' or '.join(sorted(channel.value for channel in DELIVERABLE))}"
+            )
+            continue
+        for number, route in enumerate(leg.routes):
+            if route not in accounts:
+                known = sorted(f"{one.provider} / {one.account}" for one in accounts)
+                yield (
+                    f"legs[{position}].routes[{number}]: there is no account {route.provider!r} / "
+                    f"{route.account!r}; expected one of {', '.join(known)}"
+                )
 
 
 def _template_misfits(where: str, leg: LegSpec, known: frozenset[str]) -> Iterator[str]:

@@ -167,10 +167,10 @@ def parse_sendgrid(raw: RawWebhook) -> Parsed:
                 continue
             event = _event(item, raw)
         except InvalidWebhook as error:
-            bad.append(BadEvent(index, orjson.dumps(item), str(error)))
+            bad.append(BadEvent(index, _bytes_of(item, raw), str(error)))
             continue
         events.append(event)
-        effect = _effect(item, event)
+        effect = _effect(item, event, raw)
         if effect is not None:
             consents.append(effect)
     return Parsed(tuple(events), tuple(consents), tuple(bad), foreign, ignored)
@@ -230,7 +230,17 @@ def _url(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def _effect(item: Mapping[str, Any], event: EngagementEvent) -> ConsentEffect | None:
+def _bytes_of(item: object, raw: RawWebhook) -> bytes:
+    """An event's own bytes; the whole body's where it is nested too deeply to be written again."""
+    try:
+        return orjson.dumps(item)
+    except TypeError:
+        return raw.body
+
+
+def _effect(
+    item: Mapping[str, Any], event: EngagementEvent, raw: RawWebhook
+) -> ConsentEffect | None:
     status: ConsentStatus | None = None
     if event.kind is EngagementKind.BOUNCED:
         # 'blocked' is a refusal of this message (content, reputation), not a dead address.
@@ -254,5 +264,5 @@ def _effect(item: Mapping[str, Any], event: EngagementEvent) -> ConsentEffect | 
         source=f"{SENDGRID}:{event.kind.value}",
         recipient_id=_loose(item, "ff_recipient"),
         ref=parse_ref(event.ref),
-        original=orjson.dumps(item),
+        original=_bytes_of(item, raw),
     )

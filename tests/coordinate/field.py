@@ -105,6 +105,12 @@ class Field:
             return self.step(self.coordinator.on_result(record, self.now))
         return self.step(self.coordinator.on_outcomes(record, self.now))
 
+    def restart(self) -> None:
+        """Forget what is not kept in state."""
+        memory = RunMemory(self.run, dict(self.memory.pages))
+        memory.recount()
+        self.memory = self.coordinator.memory = memory
+
     def reorder(self, page: int, *indexes: int, shard: int = 0, leg: LegId = EMAIL) -> Effects:
         one = Reorder(leg, shard, page, bitmap_bytes(bitmap_of(indexes)))
         return self.tell(CommandKind.REORDER, reorders=(one,))

@@ -61,6 +61,23 @@ def test_a_launch_with_problems_is_refused_with_all_of_them() -> None:
     assert not field.events[-1].accepted
 
 
+def test_a_refused_launch_uses_up_no_name() -> None:
+    field = Field((3,))
+    field.launch(problems=("no such zone",))
+    assert field.status is RunStatus.REFUSED
+    version = field.events[-1].version
+    field.launch()
+    assert field.status is RunStatus.RUNNING
+    assert field.events[-1].accepted and field.events[-1].version > version
+    assert places(field.orders) == [(0, 0, 0), (0, 1, 0)]
+
+
+def test_a_note_fits_into_a_record_whatever_was_wrong() -> None:
+    field = Field((3,))
+    field.launch(problems=tuple(f"template variable {n} is missing" for n in range(50_000)))
+    assert len(field.note) < 5_000
+
+
 def test_a_launch_of_nobody_is_completed_at_once() -> None:
     field = Field((0, 0))
     field.launch()
@@ -375,19 +392,78 @@ def test_versions_grow_and_are_published_until_redis_has_them() -> None:
     field = Field((4,), window=2)
     field.launch()
     first = field.run.version
-    field.coordinator.on_published(first)
+    field.coordinator.on_published(first, field.now)
     field.tick()
     assert not field.last.publish
     field.tell(CommandKind.PAUSE)
     assert field.last.publish and field.run.version > first
     field.tick()
     assert field.last.publish
-    field.coordinator.on_published(first)
+    field.coordinator.on_published(first, field.now)
     field.tick()
     assert field.last.publish
-    field.coordinator.on_published(field.run.version)
+    field.coordinator.on_published(field.run.version, field.now)
     field.tick()
     assert not field.last.publish
+
+
+def test_a_status_is_published_again_and_again_as_long_as_something_may_be_sent() -> None:
+    """An older copy of Redis, in which the run runs still, must not undo its pause for long."""
+    field = Field((4,), window=2)
+    field.launch()
+    field.tell(CommandKind.PAUSE)
+    field.coordinator.on_published(field.run.version, field.now)
+    version, kept = field.run.version, field.run
+    for _ in range(3):
+        field.tick(timedelta(seconds=4.9))
+        assert not field.last.publish
+        field.tick(timedelta(seconds=0.1))
+        assert field.last.publish and field.run.version == version
+        field.coordinator.on_published(version, field.now)
+    assert field.run is kept, "nothing of it is state"
+    field.tell(CommandKind.CANCEL)
+    field.coordinator.on_published(field.run.version, field.now)
+    assert field.memory.pending == 4, "two are on their way, two closings were not heard back"
+    field.tick(timedelta(seconds=5))
+    assert field.last.publish
+    field.hear(field.outcomes(field.orders[0], Outcome.CANCELLED, *members(field.orders[0])))
+    for closing in field.closings:
+        field.hear(closing)
+    field.coordinator.on_published(field.run.version, field.now)
+    field.tick(timedelta(minutes=1))
+    assert not field.memory.pending and not field.last.publish
+
+
+def test_a_restored_run_is_published_at_once_unless_it_is_over() -> None:
+    field = Field((4,))
+    field.launch()
+    field.coordinator.on_published(field.run.version, field.now)
+    field.restart()
+    field.tick()
+    assert field.last.publish
+    field.accept_all()
+    assert field.status is RunStatus.COMPLETED
+    field.coordinator.on_published(field.run.version, field.now)
+    field.restart()
+    field.tick(timedelta(minutes=1))
+    assert not field.last.publish
+
+
+def test_a_reorder_is_above_what_a_predecessor_may_have_published() -> None:
+    """A predecessor heard the last outcomes and published the end, then its checkpoint failed."""
+    predecessor, field = Field((2,)), Field((2,))
+    for one in (predecessor, field):
+        one.launch()
+        one.hear(one.result(one.orders[0]))
+        one.hear(one.outcomes(one.orders[0], Outcome.FAILED, 0))
+        one.now += timedelta(seconds=1)
+    predecessor.hear(predecessor.outcomes(predecessor.orders[0], Outcome.FAILED, 1))
+    assert predecessor.status is RunStatus.COMPLETED
+    # The successor reads the command before it reads the outcome again.
+    field.now += timedelta(seconds=1)
+    field.reorder(0, 0)
+    assert field.status is RunStatus.RUNNING and field.last.publish
+    assert field.run.version > predecessor.run.version
 
 
 def test_a_replayed_old_command_undoes_nothing() -> None:
@@ -612,9 +688,7 @@ def test_a_restart_forgets_nothing(
     one, other = _Driver(whole), _Driver(restarted)
     for number, step in enumerate(steps):
         if number == at:
-            memory = RunMemory(restarted.run, dict(restarted.memory.pages))
-            memory.recount()
-            restarted.memory = restarted.coordinator.memory = memory
+            restarted.restart()
         one.do(*step)
         other.do(*step)
     whole.tick()

@@ -11,7 +11,7 @@ from schemas.ids import LegId, RunId, SnapshotId, Tenant
 from schemas.reasons import Channel, Lane
 from schemas.records import CampaignSpec, LegSpec, Route, WhenZoneUnknown
 from schemas.snapshot import PageBody
-from transforms.examine import unrenderable
+from transforms.examine import undeliverable, unrenderable
 
 LEG = LegSpec(
     LegId("email"), Channel.EMAIL, (Route("smtp", "main"),), "a@example.com", "", None,
@@ -65,3 +65,12 @@ def test_what_fails_for_some_is_not() -> None:
 def test_nobody_to_try_it_on_is_no_problem() -> None:
     assert said(ENDLESS, 10, [1] * 10, addresses=False) == []
     assert said(ENDLESS, 0, []) == []
+
+
+def test_what_nothing_can_send_is_refused() -> None:
+    assert list(undeliverable(SPEC)) == []
+    typo = replace(LEG, routes=(Route("smtp", "main"), Route("smpt", "main")))
+    (problem,) = undeliverable(replace(SPEC, legs=(typo,)))
+    assert problem.startswith("legs[0].routes[1]: there is no account 'smpt'")
+    (problem,) = undeliverable(replace(SPEC, legs=(LEG, replace(LEG, channel=Channel.SMS))))
+    assert problem.startswith("legs[1].channel: sms has no provider yet; expected email")

@@ -54,8 +54,10 @@ MEANINGS = {
     "flush_after": "Rows wait at most so long for a batch.",
     "batch_rows": "Rows of a batch.",
     "failures": "The job ends when it fails more often than this with never "
-    "`FANFARE_FAILURE_INTERVAL` between two failures; it is started again every 3 seconds at most.",
-    "failure_interval": "After so long without a failure the count begins anew.",
+    "`FANFARE_FAILURE_INTERVAL` between two failures; it is started again after half a second at "
+    "first, after 10 seconds at most.",
+    "failure_interval": "After so long without a failure the count begins anew, and the pauses "
+    "before starts with it.",
     "webhook_body_timeout": "How long a body may take to arrive.",
 }
 

@@ -135,3 +135,20 @@ def test_references_come_back(shard: int, ordinal: int, generation: int) -> None
 )
 def test_what_is_no_reference_is_none(ref: str) -> None:
     assert parse_ref(ref) is None
+
+
+def test_what_is_nested_too_deeply_to_be_written_again_harms_nothing() -> None:
+    deep = b'{"a":' * 600 + b"1" + b"}" * 600
+    event = orjson.dumps(OURS | {"event": "spamreport"})
+    body = (
+        b"["
+        + event[:-1]
+        + b',"x":'
+        + deep
+        + b"},"
+        + deep.replace(b'"a"', b'"ff_send_id"', 1)
+        + b"]"
+    )
+    found = parse_sendgrid(RawWebhook("w", "sendgrid", Tenant("acme"), NOW, {}, body))
+    assert len(found.events) == len(found.bad) == 1
+    assert found.bad[0].original == found.consents[0].original == body

@@ -303,7 +303,8 @@ class Place:
                 runs.publish(
                     self.redis, self.tenant, self.run, run.version, run.status, None, run.deadline
                 )
-                Coordinator(self.memory, CoordinatePolicy()).on_published(run.version)
+                now = datetime.now(UTC)
+                Coordinator(self.memory, CoordinatePolicy()).on_published(run.version, now)
             for event in effects.events:
                 self.put(encode(event))
                 self.ingest(event)

@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -239,3 +239,18 @@ def test_times_are_milliseconds_of_utc() -> None:
     assert codec.from_millis(codec.to_millis(moment)) == datetime(2026, 3, 10, 12, tzinfo=UTC)
     before = datetime(1969, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
     assert codec.to_millis(before) == -1
+
+
+def test_a_long_without_end_is_refused_at_once() -> None:
+    head = codec.encode(samples.fixed_record(PageOrder))[: codec.HEADER_BYTES]
+    with pytest.raises(MalformedRecord, match="10 bytes"):
+        codec.leading_strings(head + b"\xff" * 1_000_000, 1)
+
+
+@pytest.mark.parametrize("index", [-1, 500, 1 << 40])
+def test_outcomes_of_nobody_are_no_outcomes(index: int) -> None:
+    sound = samples.fixed_record(Outcomes)
+    group = replace(sound.groups[0], indexes=(0, index))
+    with pytest.raises(MalformedRecord, match="0 to 499"):
+        replace(sound, groups=(group,)).require_sound()
+    assert replace(sound, groups=(replace(group, indexes=(0, 499)),)).require_sound()

@@ -17,7 +17,7 @@ from schemas.errors import Corrupt, Fenced, MissingLedger, Unavailable
 from schemas.ids import run_key
 from schemas.message import Answer, Verdict
 from schemas.pages import bitmap_from, delivery_key, indexes_of
-from schemas.reasons import Reason, RunStatus
+from schemas.reasons import Reason
 from schemas.records import (
     Command,
     CommandKind,
@@ -94,6 +94,7 @@ class _CampaignsState:
     memories: Memories
     channel: list[list[PageOrder]]
     people: list[dict[str, bytes]]
+    owed: dict[tuple[str, str, str], ConsentChange]
 
 
 class Campaigns:
@@ -115,6 +116,7 @@ class Campaigns:
         self.memories: dict[str, RunMemory] = {}
         self.channel: list[deque[PageOrder]] = [deque() for _ in range(shards)]
         self.people: list[dict[str, bytes]] = [{} for _ in range(shards)]
+        self.owed: dict[tuple[str, str, str], ConsentChange] = {}
         self.buffer: list[Record] = []
         self.begun: datetime | None = None
         self.prepared: list[tuple[list[Record], datetime]] = []
@@ -148,7 +150,7 @@ class Campaigns:
             return False
         run = list(self.memories)[pick % len(self.memories)]
         coordinator = self._coordinator(run)
-        if not _armed(coordinator):
+        if not _armed(coordinator, self.world.now):
             return False
         self._carry_out(run, coordinator, coordinator.on_tick(self.world.now))
         return True
@@ -196,7 +198,7 @@ class Campaigns:
             self.world.publish(spec, state.version, state.status, state.rate_per_second)
         except Unavailable:
             return
-        coordinator.on_published(state.version)
+        coordinator.on_published(state.version, self.world.now)
 
     def _create_ledger(self, run: str) -> bool:
         try:
@@ -228,8 +230,10 @@ class Campaigns:
         return True
 
     def learn(self, pick: int) -> bool:
-        """Decide takes an outcome or a consent change."""
+        """Decide takes an outcome or a consent change, or tells Redis what it is owed."""
         unread = self.source.unread("decide")
+        if self.owed and (pick & 1 or not unread):
+            return self._tell_claims()
         if not unread:
             return False
         world = self.world
@@ -244,12 +248,24 @@ class Campaigns:
         assert isinstance(record, ConsentChange)
         people = self.people[int(record.recipient_id[1])]
         after = consent.change_bytes(people.get(record.recipient_id), record)
-        if after is not None:
-            people[record.recipient_id] = after
-        try:
-            world.opt_out(record)
-        except Unavailable:
-            self.crash()
+        if after is None:
+            return True
+        people[record.recipient_id] = after
+        waits = bool(self.owed)
+        for one in consent.for_claims(after, record, world.now):
+            self.owed[one.recipient_id, one.channel, one.topic] = one
+        return waits or not self.owed or self._tell_claims()
+
+    def _tell_claims(self) -> bool:
+        """Tell Redis of consent changes until it does not answer."""
+        for name, one in list(self.owed.items()):
+            if not consent.forgotten_by_claims(one, self.world.now):
+                try:
+                    self.world.opt_out(one)
+                except Unavailable:
+                    break
+            del self.owed[name]
+            self.world.progress += 1
         return True
 
     # the engine around them
@@ -265,6 +281,7 @@ class Campaigns:
             {run: (one.run, dict(one.pages)) for run, one in self.memories.items()},
             [list(orders) for orders in self.channel],
             [dict(each) for each in self.people],
+            dict(self.owed),
         )
 
     def checkpoint(self) -> bool:
@@ -320,6 +337,7 @@ class Campaigns:
         self.source.restore(saved.offsets)
         self.channel = [deque(orders) for orders in saved.channel]
         self.people = [dict(each) for each in saved.people]
+        self.owed = dict(saved.owed)
         self.memories = {}
         for name, (run, pages) in saved.memories.items():
             memory = RunMemory(run, dict(pages))  # type: ignore[arg-type]
@@ -339,16 +357,16 @@ class Campaigns:
             or self.buffer
             or self.source.unread("coordinate")
             or self.source.unread("decide")
+            or self.owed
         )
 
 
-def _armed(coordinator: Coordinator) -> bool:
+def _armed(coordinator: Coordinator, now: datetime) -> bool:
     """Whether the shell keeps a timer for the run."""
     run = coordinator.memory.run
     if run is None:
         return False
-    unpublished = run.published_version < run.version and run.status is not RunStatus.REFUSED
-    over = run.status.terminal and not coordinator.closing and not unpublished
+    over = run.status.terminal and not coordinator.closing and not coordinator.unpublished(now)
     return not over or coordinator.memory.open > 0
 
 
