@@ -31,6 +31,9 @@ from stack.layout import (
 from stack.prerequisites import Tools
 
 TASKMANAGER_PREFIX = "flink-taskmanager-"
+LEADERLESS = timedelta(seconds=30)
+"""How long there may be no leader while the JobManager's process lives. One whose ZooKeeper session
+expired (it was stopped for longer) may never stand for election again, and nobody else does."""
 INCARNATION = "@INCARNATION@"
 """Stands in a command for the number of this start, which no other start shares."""
 
@@ -47,6 +50,8 @@ class ServiceSpec:
     `module` names the Python module the command runs, so that its absence is told beforehand.
     `scratch` is a folder emptied before each start: a killed server leaves its temporary files.
     `stop_timeout` is how long a stop signal has before SIGKILL.
+    `silence` is how long a server that was ready may fail its probe before it is killed and
+    started again; None: for ever, as long as its process lives.
     """
 
     name: str
@@ -63,6 +68,7 @@ class ServiceSpec:
     start_timeout: timedelta = timedelta(seconds=90)
     stop_signal: signal.Signals = signal.SIGTERM
     stop_timeout: timedelta = timedelta(seconds=10)
+    silence: timedelta | None = None
 
 
 def names(taskmanagers: int) -> tuple[str, ...]:
@@ -416,6 +422,7 @@ def flink_jobmanager(home: Home, tools: Tools, ports: Mapping[str, int]) -> Serv
         ports=own,
         env=_flink_environment(home, tools, ports),
         depends_on=dependencies("flink-jobmanager"),
+        silence=LEADERLESS,
     )
 
 

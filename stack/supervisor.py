@@ -45,6 +45,7 @@ LOGGER = logging.getLogger("fanfare.supervisor")
 LAUNCHER = Path(__file__).with_name("launch.py")
 
 PROBE_INTERVAL = timedelta(milliseconds=150)
+SILENCE_INTERVAL = timedelta(seconds=2)
 STEADY_AFTER = timedelta(seconds=10)
 """A process that was ready for this long and dies is started again at once."""
 BACKOFF = tuple(timedelta(seconds=s) for s in (0, 0, 0.5, 1, 2, 4, 8, 15))
@@ -227,7 +228,16 @@ class Supervisor:
         self._set(name, state=State.READY, ready_after_s=round(ready_at - began, 2), why="")
         self._ready[name].set()
         LOGGER.info("%s: ready after %.1f s", name, ready_at - began)
-        code = await ended
+        silent = asyncio.create_task(_until_silent(spec, incarnation, last_probe_error))
+        try:
+            await asyncio.wait({ended, silent}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            silent.cancel()
+        if not ended.done():
+            _kill_group(process.pid)
+            await ended
+            return f"no good answer for {spec.silence}: {last_probe_error[0]}", 0
+        code = ended.result()
         steady = time.monotonic() - ready_at >= STEADY_AFTER.total_seconds()
         return _ending(code), 0 if steady else DIED_FAST
 
@@ -327,6 +337,22 @@ async def _until_ready(spec: ServiceSpec, incarnation: str, last_error: list[str
             await asyncio.sleep(PROBE_INTERVAL.total_seconds())
         else:
             return
+
+
+async def _until_silent(spec: ServiceSpec, incarnation: str, last_error: list[str]) -> None:
+    """Return when a server has failed every probe for as long as it may."""
+    if spec.silence is None:
+        await asyncio.Event().wait()
+        return
+    answered = time.monotonic()
+    while time.monotonic() - answered < spec.silence.total_seconds():
+        await asyncio.sleep(SILENCE_INTERVAL.total_seconds())
+        try:
+            await asyncio.to_thread(spec.probe, incarnation)
+        except Exception as error:
+            last_error[0] = f"{type(error).__name__}: {error}"
+        else:
+            answered = time.monotonic()
 
 
 def _empty(folder: Path) -> None:

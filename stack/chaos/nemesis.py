@@ -197,7 +197,9 @@ class Nemesis:
         try:
             self._sleep(seconds, "still stopped" if part is not Part.SIMULATOR else "")
         finally:
-            _signal(info, signal.SIGCONT)
+            # The supervisor may have given it up meanwhile.
+            if info.identity is not None:
+                info.identity.send(signal.SIGCONT)
         if before is not None:
             self.wait_flowing()
             return self._doubted(before, stopped=True)

@@ -115,11 +115,11 @@ def _undergo(
         tell("no more faults: what is left is sent, the records are compared")
         with suppress(Unavailable):
             Control(endpoints(home).simulator).configure(settings_for(None))
-        try:
-            critical.finish()
-        except StackFailed as error:
-            why = why or str(error)
-        campaigns.hurry(size.hurry)
+        for end in (critical.finish, lambda: campaigns.hurry(size.hurry)):
+            try:
+                end()
+            except FanfareError as error:
+                why = why or str(error)
         _await_outcomes(home, critical.trial())
         drained = Control(endpoints(home).simulator).drain_webhooks(_WEBHOOKS_S)
         evidence = read_evidence(home, [*campaigns.trials(), critical.trial()], _SETTLED)

@@ -3,6 +3,7 @@ prerequisites, failure."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from schemas.errors import StackFailed
+from schemas.errors import StackFailed, Unavailable
 from stack import flink_conf, lifecycle, prerequisites, services, supervisor
 from stack.layout import (
     HOST,
@@ -36,6 +37,8 @@ from stack.layout import (
     write_state,
 )
 from stack.process import MARK, Identity, end, identify, marked
+from stack.services import ServiceSpec
+from stack.supervisor import Supervisor
 
 
 @pytest.fixture
@@ -344,3 +347,46 @@ def test_a_part_that_does_not_start_is_told_with_its_log(
             assert datetime.now(UTC) < deadline, "it was not tried again"
     finally:
         lifecycle.down(where)
+
+
+def test_a_server_that_answers_no_more_is_started_again(
+    where: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "SILENCE_INTERVAL", timedelta(milliseconds=20))
+    lives: list[str] = []
+    asked = 0
+
+    def probe(incarnation: str) -> None:
+        nonlocal asked
+        if incarnation not in lives:
+            lives.append(incarnation)
+        asked += 1
+        # The first life answers five times and then never again; the second one always.
+        if len(lives) == 1 and asked > 5:
+            raise Unavailable("no leader")
+
+    spec = ServiceSpec(
+        "mute",
+        (sys.executable, "-c", "import time; time.sleep(60)"),
+        probe,
+        where.root,
+        silence=timedelta(milliseconds=300),
+    )
+
+    async def two_lives() -> None:
+        keeping = asyncio.create_task(Supervisor(where, (spec,), {}, 0).run())
+        try:
+            async with asyncio.timeout(30):
+                while len(lives) < 2 or processes(where)["mute"].state is not State.READY:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            info = processes(where)["mute"]
+            assert (info.restarts, info.failures) == (1, 0)
+            # Whoever answers is left alone.
+            await asyncio.sleep(0.8)
+            assert processes(where)["mute"].pid == info.pid
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await keeping
+
+    asyncio.run(two_lives())
+    assert len(lives) == 2
