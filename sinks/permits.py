@@ -85,7 +85,7 @@ class Permits:
 
     def _changed(self) -> None:
         if self._watch is not None:
-            self._watch(self.total - self.free)
+            self._watch(self.taken)
 
     def _content_with_one(self, place: _Place) -> None:
         place.least = 1
