@@ -1,4 +1,4 @@
-"""Ten thousand seeded histories of crashes, late predecessors and lost answers keep the promises.
+"""Thousands of seeded histories of crashes, late predecessors and lost answers keep the promises.
 
 ``FANFARE_SIM_SEED`` is the first seed, ``FANFARE_SIM_HISTORIES`` how many there are. What fails is
 told step by step, in a history of which no event can be left out.
@@ -20,7 +20,7 @@ from tests.simulation.minimise import minimised, told
 from tests.simulation.world import small_pages
 
 FIRST = int(os.environ.get("FANFARE_SIM_SEED", "0"))
-HISTORIES = int(os.environ.get("FANFARE_SIM_HISTORIES", "10000"))
+HISTORIES = int(os.environ.get("FANFARE_SIM_HISTORIES", "3000"))
 _ENOUGH = 2_000
 """From so many histories on, every kind of fault must have happened."""
 FAULTS = (
