@@ -37,6 +37,7 @@ from transforms.coordinate import (
     RunMemory,
 )
 from transforms.examine import unrenderable
+from transforms.metrics import COORDINATE, COORDINATE_GROUP
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,8 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._registry = parts.registry()
         self._gate = DeadLetterGate("coordinate", parts.dead_letter_ratio, parts.dead_letter_window)
         self._armed: dict[str, int] = {}
+        metrics = runtime_context.get_metrics_group().add_group(COORDINATE_GROUP)
+        self._metrics = {name: metrics.counter(name) for name in COORDINATE}
 
     def process_element(self, value: bytes, ctx: KeyedProcessFunction.Context) -> Iterator[bytes]:
         """Step the run that the record is about."""
@@ -154,6 +157,7 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
             effects = self._step(coordinator, value, now)
         except MalformedRecord as error:
             data = bytes(value)
+            self._metrics["malformed"].inc()
             yield self._gate.letter(data, error, now, step="read", source="coordinate's topics")
             return
         self._gate.good()
@@ -180,6 +184,7 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
         match name_of(data):
             case "Command":
                 command = decode(data, Command)
+                self._metrics["commands"].inc()
                 return coordinator.on_command(command, now, self._facts(command, now))
             case "PageResult":
                 return coordinator.on_result(decode(data, PageResult), now)
@@ -226,8 +231,10 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
             if after.publish:
                 self._publish(coordinator, now)
 
-    @staticmethod
-    def _emit(effects: Effects) -> Iterator[bytes]:
+    def _emit(self, effects: Effects) -> Iterator[bytes]:
+        self._metrics["orders"].inc(len(effects.orders))
+        self._metrics["reorders_of_silent_pages"].inc(effects.silent)
+        self._metrics["commands_refused"].inc(sum(not one.accepted for one in effects.events))
         for record in (*effects.orders, *effects.closings, *effects.events):
             yield encode(record)
 
@@ -240,6 +247,7 @@ class CoordinateOperator(KeyedProcessFunction):  # type: ignore[misc]
                 run.tenant, run.run, run.version, run.status, run.rate_per_second, run.deadline
             )
         except Unavailable as error:
+            self._metrics["status_unpublished"].inc()
             log.warning("run %s: its status waits to be published: %s", run.run, error)
             return
         coordinator.on_published(run.version, now)

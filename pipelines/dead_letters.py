@@ -50,16 +50,7 @@ class DeadLetterGate:
             DeadLetterRatioPassed: with this one the share passes the limit.
         """
         reason = Reason.UNKNOWN_SCHEMA if isinstance(error, UnknownSchema) else Reason.MALFORMED
-        self._bad[0] += 1
-        self.good()
-        bad, seen = sum(self._bad), sum(self._seen)
-        if seen >= self._window and bad > self._ratio * seen:
-            raise DeadLetterRatioPassed(
-                f"{self._operator}: {bad} of the last {seen} records are dead letters, more than "
-                f"{self._ratio:.0%}. The newest, at {step}: {error}. See `fanfare dead-letters`; "
-                "deploy what reads them or stop what writes them, then start the job with "
-                "FANFARE_DEAD_LETTER_RATIO=1, which takes it past those that are there."
-            )
+        self.bad(error, step)
         tenant, run = _whose(data)
         detail = str(error)[:500]
         kept = data[:LARGEST_ORIGINAL]
@@ -80,6 +71,23 @@ class DeadLetterGate:
                 last_at=now,
             )
         )
+
+    def bad(self, error: Exception, step: str) -> None:
+        """Count a record that could not be processed.
+
+        Raises:
+            DeadLetterRatioPassed: with this one the share passes the limit.
+        """
+        self._bad[0] += 1
+        self.good()
+        bad, seen = sum(self._bad), sum(self._seen)
+        if seen >= self._window and bad > self._ratio * seen:
+            raise DeadLetterRatioPassed(
+                f"{self._operator}: {bad} of the last {seen} records are dead letters, more than "
+                f"{self._ratio:.0%}. The newest, at {step}: {error}. See `fanfare dead-letters`; "
+                "deploy what reads them or stop what writes them, then start the job with "
+                "FANFARE_DEAD_LETTER_RATIO=1, which takes it past those that are there."
+            )
 
 
 def _whose(data: bytes) -> tuple[str, str]:

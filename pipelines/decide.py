@@ -24,10 +24,28 @@ from schemas.errors import (
     Unavailable,
     UnknownSchema,
 )
+from schemas.ids import derive
+from schemas.pages import bitmap_from
 from schemas.reasons import Reason
-from schemas.records import CampaignSpec, ConsentChange, ConsentStatus, Outcomes, PageOrder
+from schemas.records import (
+    CampaignSpec,
+    ConsentChange,
+    ConsentStatus,
+    DeadLetter,
+    Outcomes,
+    PageOrder,
+    PageResult,
+)
 from transforms.consent import change_bytes, for_claims, forgotten_by_claims
-from transforms.decide import PageFacts, decide_page, fold_page_outcomes, skip_page, state_key
+from transforms.decide import (
+    PageFacts,
+    decide_page,
+    defer_page,
+    fold_page_outcomes,
+    skip_page,
+    state_key,
+)
+from transforms.metrics import DECIDE, DECIDE_GROUP
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +126,8 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._opt_outs = parts.opt_outs()
         self._specs: dict[str, CampaignSpec] = {}
         self._gate = DeadLetterGate("decide", parts.dead_letter_ratio, parts.dead_letter_window)
+        metrics = runtime_context.get_metrics_group().add_group(DECIDE_GROUP)
+        self._metrics = {name: metrics.counter(name) for name in DECIDE}
 
     def process_element(self, value: bytes, ctx: KeyedProcessFunction.Context) -> Iterator[bytes]:
         """Decide an order, or fold what came back."""
@@ -127,6 +147,7 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
                         f"{other or 'bytes'} beginning {data[:10].hex(' ')!r}"
                     )
         except MalformedRecord as error:
+            self._metrics["malformed"].inc()
             yield self._gate.letter(data, error, now, step="read", source="decide's topics")
             return
         self._gate.good()
@@ -147,30 +168,43 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
         yield from ()
 
     def _decide(self, order: PageOrder, now: datetime) -> Iterator[bytes]:
+        self._metrics["orders"].inc()
         try:
             spec = self._spec(order.spec)
             index = self._store.open_snapshot(order.snapshot).read_index(order.shard, order.page)
             decided = decide_page(order, spec, index, self._states(order.tenant), now)
-        except (CorruptPage, Corrupt) as error:
-            log.error("page %d of shard %d is skipped: %s", order.page, order.shard, error)
-            yield encode(skip_page(order, Reason.CORRUPT_PAGE, now))
-            return
         except (MissingSnapshot, MissingObject) as error:
-            log.error("page %d of shard %d is skipped: %s", order.page, order.shard, error)
-            yield encode(skip_page(order, Reason.MISSING_SNAPSHOT, now))
+            log.error("page %d of shard %d waits: %s", order.page, order.shard, error)
+            self._metrics["missing_snapshots"].inc()
+            result = defer_page(order, Reason.MISSING_SNAPSHOT, now)
+            self._count(result)
+            yield encode(result)
             return
-        except (InvalidCampaign, MalformedRecord) as error:
+        except (CorruptPage, Corrupt, InvalidCampaign, MalformedRecord) as error:
             # The order would otherwise never be answered, and its run never end.
             log.error("page %d of shard %d is skipped: %s", order.page, order.shard, error)
-            yield self._gate.letter(
-                encode(order), error, now, step="decide", source="coordinate's orders"
-            )
-            yield encode(skip_page(order, Reason.CORRUPT_PAGE, now))
+            self._metrics["damaged_pages"].inc()
+            if not isinstance(error, Corrupt):
+                # Not a damaged file, which says nothing of other campaigns.
+                self._gate.bad(error, "decide")
+            yield encode(_page_letter(order, error, now))
+            result = skip_page(order, Reason.CORRUPT_PAGE, now)
+            self._count(result)
+            yield encode(result)
             return
         self._keep(order.tenant, decided.states)
+        self._count(decided.result)
         yield encode(decided.result)
         for send in decided.sends:
             yield encode(send)
+
+    def _count(self, result: PageResult) -> None:
+        count = self._metrics
+        count["sent"].inc(bitmap_from(result.sends).bit_count())
+        count["skipped"].inc(sum(bitmap_from(one.ordinals).bit_count() for one in result.skips))
+        count["deferred"].inc(
+            sum(bitmap_from(one.ordinals).bit_count() for one in result.deferrals)
+        )
 
     def _fold(self, outcomes: Outcomes) -> None:
         try:
@@ -191,6 +225,7 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
         if after is None:
             return
         self._people.put(key, after)
+        self._metrics["consent_changes"].inc()
         shard: int = ctx.get_current_key()
         owed = self._owed_of(shard)
         for one in for_claims(after, change, now):
@@ -212,6 +247,7 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
             remember(change.tenant, change.recipient_id, change.channel, change.topic)
         except Unavailable as error:
             log.warning("a consent change waits until claims can be told of it: %s", error)
+            self._metrics["consent_untold"].inc()
             self._away_until = datetime.now(UTC) + _REPEAT
             return False
         self._away_until = None
@@ -250,3 +286,25 @@ class DecideOperator(KeyedProcessFunction):  # type: ignore[misc]
                 self._specs.clear()
             self._specs[name] = spec
         return spec
+
+
+def _page_letter(order: PageOrder, error: Exception, now: datetime) -> DeadLetter:
+    """The letter of an order's recipients: a replay orders them again, once the page is mended."""
+    place = (order.tenant, order.run, order.leg, str(order.shard), str(order.page))
+    return DeadLetter(
+        letter_id=derive("dead-letter", ("decide", *place, order.ordinals.hex())),
+        tenant=order.tenant,
+        run=order.run,
+        step="decide/page",
+        reason=Reason.CORRUPT_PAGE,
+        detail=str(error)[:500],
+        source="coordinate's orders",
+        original=encode(order),
+        first_at=now,
+        last_at=now,
+        leg=order.leg,
+        shard=order.shard,
+        page=order.page,
+        ordinals=order.ordinals,
+        generation=order.generation,
+    )

@@ -87,11 +87,12 @@ SKIP_REASONS = frozenset(
         Reason.NO_ADDRESS,
         Reason.UNKNOWN_ZONE,
         Reason.CORRUPT_PAGE,
-        Reason.MISSING_SNAPSHOT,
     }
 )
 """Reasons that a page result may give for a recipient in the class 'skipped'."""
-DEFER_REASONS = frozenset({Reason.QUIET_HOURS, Reason.SCHEDULE, Reason.FREQUENCY_CAP})
+DEFER_REASONS = frozenset(
+    {Reason.QUIET_HOURS, Reason.SCHEDULE, Reason.FREQUENCY_CAP, Reason.MISSING_SNAPSHOT}
+)
 
 
 class RunStatus(Enum):

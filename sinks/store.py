@@ -156,6 +156,11 @@ class Snapshot:
             data = self._files.get(entry.shard, lambda: _ShardFile(path)).read(
                 block.offset, block.length
             )
+        except FileNotFoundError:
+            raise MissingSnapshot(
+                f"{path} is gone: restore it from a copy, or build the audience again (the same "
+                "sources give the same snapshot)"
+            ) from None
         except OSError as error:
             raise self._corrupt(entry, f"can't be read ({error.strerror})") from error
         if len(data) != block.length:

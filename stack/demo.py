@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,14 +19,17 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ruamel.yaml import YAML
 
 from schemas import topics
-from schemas.errors import StackFailed
-from schemas.records import CommandKind, RunEvent
+from schemas.codec import decode
+from schemas.errors import MalformedRecord, StackFailed
+from schemas.pages import bitmap_from
+from schemas.records import CommandKind, PageResult, RunEvent
 from schemas.tables import StepKind
 from sinks.books import Books
 from sinks.kafka_client import read_from_end
 from sinks.store import FileStore
 from stack.layout import Home, endpoints
 from stack.layout import home as home_at
+from stack.simulator.client import Control
 
 app = typer.Typer(add_completion=False, help="A campaign through the whole stack, end to end.")
 
@@ -95,13 +96,14 @@ def demo(
         _tell_audience(where, snapshot, profiles, console)
     run = f"demo-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     _launch(where, run, snapshot, clock)
+    simulator = Control(endpoints(where).simulator)
     with clock.phase("campaign, from launch to the last outcome"):
-        _follow(where, run, console)
+        _follow(where, run, simulator, console)
     with clock.phase("webhooks"):
-        _drain_webhooks(where)
+        simulator.drain_webhooks()
     with clock.phase("ClickHouse catching up"):
         books = _books(where, run)
-    provider = _control(where, f"/stats?run={run}")
+    provider = simulator.stats(run)
     line = _line(books, provider, clock.seconds)
     arrived = line["accepted"] <= line["provider"]["unique"] <= line["accepted"] + line["unknown"]
     if not as_json:
@@ -190,14 +192,7 @@ def _launch(home: Home, run: str, snapshot: str, clock: Clock) -> None:
         raise StackFailed(f"the launch was refused: {event.note}")
 
 
-def _control(home: Home, path: str, method: str = "GET", timeout_s: float = 5) -> dict[str, Any]:
-    request = urllib.request.Request(endpoints(home).simulator + path, method=method)  # noqa: S310
-    with urllib.request.urlopen(request, timeout=timeout_s) as answer:  # noqa: S310
-        found: dict[str, Any] = json.loads(answer.read())
-        return found
-
-
-def _follow(home: Home, run: str, console: Console) -> None:
+def _follow(home: Home, run: str, simulator: Control, console: Console) -> None:
     """Show the run until it ends. Raises StackFailed where a job has ended meanwhile."""
     from stack.jobs import require_running
     from stack.operators import readable
@@ -207,23 +202,27 @@ def _follow(home: Home, run: str, console: Console) -> None:
         TextColumn("{task.percentage:>3.0f} %  {task.fields[note]}"),
     )
     latest: RunEvent | None = None
+    skipped = 0
     told, looked = 0.0, time.monotonic()
+    kafka = endpoints(home).kafka
     with (
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-        read_from_end(endpoints(home).kafka, topics.RUNS, back=200) as poll,
+        read_from_end(kafka, topics.RUNS, back=200) as events,
+        read_from_end(kafka, topics.PAGE_RESULTS, back=2000) as results,
     ):
         task = progress.add_task("", total=1, note="waiting for the first answer")
         while latest is None or not latest.status.terminal:
-            for value in poll():
+            for value in events():
                 event = readable(value)
                 if event is not None and event.run == run and event.tenant == TENANT:
                     latest = event
+            skipped += sum(_skipped(value, run) for value in results())
             if time.monotonic() - looked > _LOOK_EVERY_S:
                 looked = time.monotonic()
                 require_running(home)
             if latest is None:
                 continue
-            note = _note(latest, _control(home, "/stats"))
+            note = _note(latest, skipped, simulator.ask("/stats"))
             settled = latest.audience - latest.pending
             progress.update(task, total=latest.audience, completed=settled, note=note)
             if not console.is_terminal and time.monotonic() - told > _TELL_EVERY_S:
@@ -232,24 +231,26 @@ def _follow(home: Home, run: str, console: Console) -> None:
             time.sleep(0.2)
 
 
-def _note(event: RunEvent, stats: dict[str, Any]) -> str:
+def _skipped(value: bytes, run: str) -> int:
+    """How many recipients of the run a page result skips."""
+    try:
+        result = decode(value, PageResult)
+    except MalformedRecord:  # anybody may have written it; the jobs count it
+        return 0
+    if result.run != run or result.tenant != TENANT:
+        return 0
+    return sum(bitmap_from(one.ordinals).bit_count() for one in result.skips if not one.expired)
+
+
+def _note(event: RunEvent, skipped: int, stats: dict[str, Any]) -> str:
     of_run = stats.get("runs", {}).get(event.run, {})
     accepted = int(of_run.get("accepted", 0))
     rate = int(stats.get("accepted_last_second", 0))
-    skipped = max(0, event.audience - event.pending - accepted)
     left = f"{(event.pending - event.deferred) / rate:.0f} s" if rate else "-"
     return (
         f"{rate:,}/s, accepted {accepted:,}, open {event.open:,}, skipped {skipped:,}, "
         f"deferred {event.deferred:,}, ETA {left}"
     )
-
-
-def _drain_webhooks(home: Home) -> None:
-    try:
-        _control(home, "/webhooks/drain?timeout=60", "POST", timeout_s=70)
-    except urllib.error.HTTPError as error:
-        if error.code != 504:
-            raise
 
 
 def _books(home: Home, run: str) -> Books:

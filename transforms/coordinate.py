@@ -96,6 +96,8 @@ class Effects:
     publish: bool = False
     """Whether Redis must learn the run's status; see ``Coordinator.unpublished``."""
     create_ledger: bool = False
+    silent: int = 0
+    """How many orders are given again because nothing was heard of them."""
 
 
 @dataclass(slots=True)
@@ -460,6 +462,7 @@ class Coordinator:
                 if not one.heard and one not in silent
             ]
             again = 0
+            effects.silent += len(silent)
             for order in silent:
                 again |= bitmap_from(order.unresolved)
             waiting = 0
@@ -580,6 +583,7 @@ class Coordinator:
                     for one in page.orders
                     if not one.heard and one.ordered_at <= now - self.silence
                 ]
+                effects.silent += len(silent)
                 for order in silent:
                     bits |= bitmap_from(order.unresolved)
                 if bits:

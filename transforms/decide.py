@@ -61,6 +61,8 @@ from transforms.quiet_hours import (
 )
 
 MAX_VALID_FOR = timedelta(minutes=10)
+_LOOK_AGAIN = timedelta(seconds=15)
+"""How long a missing snapshot is not asked for, at least."""
 _ADDRESS_FLAG = {
     Channel.EMAIL: HAS_EMAIL,
     Channel.SMS: HAS_PHONE,
@@ -499,12 +501,25 @@ def _result(
 def skip_page(order: PageOrder, reason: Reason, now: datetime) -> PageResult:
     """The result of an order that can't be decided: all its ordinals are skipped for one reason.
 
-    For a page that is damaged (``CORRUPT_PAGE``) or gone (``MISSING_SNAPSHOT``): a run must not
-    wait for ever for people of whom nothing can be read.
+    A run must not wait for ever for people of whom nothing can be read.
     """
     bits = bitmap_from(order.ordinals)
     skips = (SkipGroup(reason, bitmap_bytes(bits)),) if bits else ()
     return _result(order, now, b"", skips, ())
+
+
+def defer_page(order: PageOrder, reason: Reason, now: datetime) -> PageResult:
+    """The result of an order that can't be decided yet: all its ordinals are put off a little.
+
+    For what somebody may bring back, a snapshot that is gone: its people are decided once it is
+    there, and expire with the run's deadline.
+    """
+    bits = bitmap_from(order.ordinals)
+    # At round moments: the coordinator looks at what is due together.
+    step_ms = _LOOK_AGAIN // timedelta(milliseconds=1)
+    until_ms = -(-to_millis(now + _LOOK_AGAIN) // step_ms) * step_ms
+    put_off = DeferGroup(reason, from_millis(until_ms), bitmap_bytes(bits))
+    return _result(order, now, b"", (), (put_off,) if bits else ())
 
 
 def fold_outcome(

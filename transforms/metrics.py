@@ -8,6 +8,8 @@ from schemas.message import Verdict
 from schemas.reasons import Outcome
 
 DELIVERY_GROUP = "fanfare_delivery"
+DECIDE_GROUP = "fanfare_decide"
+COORDINATE_GROUP = "fanfare_coordinate"
 _ANSWERS = {
     Verdict.ACCEPTED: "took the message",
     Verdict.THROTTLED: "refused it because too much was sent",
@@ -52,3 +54,25 @@ DELIVERY: Mapping[str, str] = {
     "fenced": "delivery keys that another process took over while we still had them",
 }
 """Counters of delivery and what they count, since the subtask started."""
+
+DECIDE: Mapping[str, str] = {
+    "malformed": "records that could not be read; they become dead letters, whole",
+    "orders": "pages that were decided",
+    "sent": "recipients admitted",
+    "skipped": "recipients refused for good, those of damaged pages included",
+    "deferred": "recipients put off, those of missing snapshots included",
+    "damaged_pages": "orders whose page or definition is damaged: skipped, and dead letters",
+    "missing_snapshots": "orders whose snapshot or definition was not there: put off",
+    "consent_changes": "consent changes that changed what is known of a person",
+    "consent_untold": "consent changes that Redis did not take; they are told it again",
+}
+"""Counters of decide and what they count, since the subtask started."""
+COORDINATE: Mapping[str, str] = {
+    "malformed": "records that could not be read; they become dead letters, whole",
+    "commands": "commands taken",
+    "commands_refused": "commands refused, with their reason in the audit trail",
+    "orders": "pages ordered, repeated ones included",
+    "reorders_of_silent_pages": "pages ordered again because no result came",
+    "status_unpublished": "tries to publish a run's status that Redis did not take",
+}
+"""Counters of coordinate and what they count, since the subtask started."""

@@ -54,7 +54,7 @@ def test_a_file_cut_short_and_one_that_is_gone(snapshot: Snapshot) -> None:
     with pytest.raises(CorruptPage, match="cut short"):
         snapshot.read_body(entry.shard, entry.page)
     (snapshot.folder / shard_file_name(other.shard)).unlink()
-    with pytest.raises(CorruptPage, match="No such file"):
+    with pytest.raises(MissingSnapshot, match="is gone"):
         snapshot.read_index(other.shard, other.page)
 
 

@@ -16,6 +16,7 @@ from schemas.errors import IncompatibleState, Unavailable
 from schemas.ids import RecipientId, Tenant
 from schemas.records import ConsentChange, ConsentStatus
 from tests.decide.people import Page, campaign, order, page_of, person
+from tests.flink_metrics import Metrics
 from transforms.consent import change_bytes, for_claims
 from transforms.decide import state_key
 
@@ -173,6 +174,9 @@ class Flink:
     # RuntimeContext
     def get_map_state(self, descriptor: Any) -> MapState:
         return self.states.setdefault(descriptor.name, MapState())
+
+    def get_metrics_group(self) -> Metrics:
+        return Metrics()
 
     # Context
     def get_current_key(self) -> int:

@@ -33,6 +33,7 @@ from transforms.decide import (
     Skip,
     decide_one,
     decide_page,
+    defer_page,
     fold_outcome,
     fold_page_outcomes,
     skip_page,
@@ -270,16 +271,27 @@ def test_an_empty_order_is_an_empty_result() -> None:
     assert (decided.result.skips, decided.result.deferrals) == ((), ())
 
 
-@pytest.mark.parametrize("reason", [Reason.CORRUPT_PAGE, Reason.MISSING_SNAPSHOT])
-def test_a_page_that_cannot_be_read_is_skipped_whole(reason: Reason) -> None:
+def test_a_damaged_page_is_skipped_whole() -> None:
     spec = campaign()
     asked = order(spec, [0, 3, 499], generation=5)
-    result = skip_page(asked, reason, NOON)
+    result = skip_page(asked, Reason.CORRUPT_PAGE, NOON)
     assert [(one.reason, one.ordinals, one.expired) for one in result.skips] == [
-        (reason, asked.ordinals, False)
+        (Reason.CORRUPT_PAGE, asked.ordinals, False)
     ]
     assert (result.generation, result.sends, result.deferrals) == (5, b"", ())
-    assert skip_page(order(spec, []), reason, NOON).skips == ()
+    assert skip_page(order(spec, []), Reason.CORRUPT_PAGE, NOON).skips == ()
+
+
+def test_a_page_of_a_missing_snapshot_is_put_off_whole() -> None:
+    spec = campaign()
+    asked = order(spec, [0, 3, 499], generation=5)
+    for second, until in ((0, 15), (1, 30), (15, 30), (16, 45)):
+        result = defer_page(asked, Reason.MISSING_SNAPSHOT, NOON + timedelta(seconds=second))
+        assert [(one.reason, one.until, one.ordinals) for one in result.deferrals] == [
+            (Reason.MISSING_SNAPSHOT, NOON + timedelta(seconds=until), asked.ordinals)
+        ]
+        assert (result.generation, result.sends, result.skips) == (5, b"", ())
+    assert defer_page(order(spec, []), Reason.MISSING_SNAPSHOT, NOON).deferrals == ()
 
 
 def test_a_snapshots_own_page_is_decided() -> None:

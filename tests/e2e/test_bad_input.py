@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,32 @@ def test_damaged_pages_are_named_and_everybody_else_gets_theirs(world: World) ->
     )
     assert f"page {index_page.page} of shard {index_page.shard} is skipped" in logs
     letters = [letter for letter in world.dead_letters() if letter.run == run]
-    assert {(one.shard, one.reason) for one in letters} == {(body_page.shard, Reason.CORRUPT_PAGE)}
+    assert {(one.shard, one.step, one.reason) for one in letters} == {
+        (index_page.shard, "decide/page", Reason.CORRUPT_PAGE),
+        (body_page.shard, "deliver", Reason.CORRUPT_PAGE),
+    }
+    assert all(one.original and one.leg and one.ordinals for one in letters)
+
+
+def test_a_snapshot_that_is_deleted_in_mid_campaign_is_waited_for(world: World) -> None:
+    crowd = world.crowd(3_000)
+    run = world.run_name("deleted")
+    folder = world.store.root / "snapshots" / crowd.name
+    begins = now_ms() + 8_000
+    event = world.launch(run, crowd.name, start_at=begins, deadline=begins + 3_600_000)
+    assert event.accepted, event.note
+    away = folder.with_name("away-" + crowd.name)
+    folder.rename(away)
+    eventually(
+        lambda: world.events(run)[-1].deferred == len(crowd), timedelta(seconds=60), "all put off"
+    )
+    assert world.events(run)[-1].status is RunStatus.RUNNING
+    assert not world.accepted(run)
+    away.rename(folder)
+    world.wait_status(run)
+    found = world.check_balanced(run, crowd).as_json()
+    assert set(world.accepted(run)) == {one.message(run) for one in crowd.consenting()}
+    assert found["accepted"] == len(crowd.consenting())
 
 
 def test_reorders_of_nobody_are_refused(world: World) -> None:

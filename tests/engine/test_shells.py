@@ -26,6 +26,7 @@ from schemas.records import (
     WhenZoneUnknown,
 )
 from schemas.snapshot import PageBody, PageIndex
+from tests.flink_metrics import Metrics
 from transforms.coordinate import CoordinatePolicy
 
 NOW = datetime.now(UTC)
@@ -113,6 +114,9 @@ class Value:
 
     def get_map_state(self, _: Any) -> Value:
         return self
+
+    def get_metrics_group(self) -> Metrics:
+        return Metrics()
 
     # Context
     def get_current_key(self) -> str:
