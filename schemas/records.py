@@ -130,6 +130,8 @@ class CommandKind(Enum):
     SET_RATE = "set_rate"
     REORDER = "reorder"
     """Give named recipients of the run an order of a new generation (a dead letter's replay)."""
+    SCHEDULE = "schedule"
+    """Begin a run that has not begun at another time; without one, at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,8 @@ class Command:
     launch: CampaignSpec | None = None
     rate_per_second: float | None = None
     reorders: tuple[Reorder, ...] = ()
+    start_at: datetime | None = None
+    """Of a schedule."""
 
 
 class ConsentStatus(Enum):
@@ -200,6 +204,8 @@ class PageOrder:
     generation: int
     ordinals: bytes
     ordered_at: datetime
+    start_at: datetime | None = None
+    """When the run begins, where that was changed since its launch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,10 +91,12 @@ class RunState:
     """Recipients of each shard of the snapshot."""
     rate_per_second: float | None
     commands: tuple[str, ...]
-    """Ids of commands already carried out or refused."""
+    """Ids of the last commands that were carried out or refused."""
     start_at: datetime | None
     deadline: datetime
     launched_at: datetime
+    issued_until: datetime | None = None
+    """When the newest command was issued, by its own word but no later than it came."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""`fanfare campaign`: launch, pause, resume, cancel, set the rate, see how a run stands."""
+"""`fanfare campaign`: launch, schedule, pause, resume, cancel, rate, status."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from schemas.snapshot import PageBody
 from sinks.store import FileStore, Snapshot
 from stack.operators import readable
 from stack.reach import topic_prefix, variable
-from transforms.campaign_file import parse_campaign
+from transforms.campaign_file import parse_campaign, read_moment
 from transforms.examine import misfits, unrenderable
 from transforms.rendering import TemplateSource, compile_template
 
@@ -166,6 +166,7 @@ def new_command(
     note: str = "",
     launch: CampaignSpec | None = None,
     rate_per_second: float | None = None,
+    start_at: datetime | None = None,
 ) -> Command:
     """A command of the person at this terminal."""
     return Command(
@@ -178,6 +179,7 @@ def new_command(
         note=note,
         launch=launch,
         rate_per_second=rate_per_second,
+        start_at=start_at,
     )
 
 
@@ -352,6 +354,28 @@ def cancel(
 ) -> None:
     """Cancel a run for good: who was not sent to counts as cancelled."""
     _control(CommandKind.CANCEL, run, tenant, note, wait, as_json, home)
+
+
+@app.command()
+def schedule(
+    run: RunArgument,
+    at: Annotated[
+        str,
+        typer.Option(
+            help="A time with its offset, such as 2026-03-10T09:00:00+01:00, +3h from now, or now."
+        ),
+    ],
+    tenant: TenantOption = "default",
+    note: NoteOption = "",
+    wait: WaitOption = 30.0,
+    as_json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Begin a run that has not begun at another time."""
+    now = datetime.now(UTC)
+    start_at = now if at == "now" else read_moment(at, now)
+    command = new_command(CommandKind.SCHEDULE, tenant, run, note=note, start_at=start_at)
+    _issue(command, wait, as_json, home)
 
 
 @app.command()

@@ -41,7 +41,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from schemas.errors import InvalidCampaign, InvalidTemplate
+from schemas.errors import InvalidCampaign, InvalidInput, InvalidTemplate
 from schemas.ids import LegId, RunId, SnapshotId, Tenant
 from schemas.profile import MAX_EMAIL_BYTES, MAX_EMAIL_LOCAL_BYTES
 from schemas.reasons import Channel, Lane
@@ -113,6 +113,30 @@ class WrongCampaign(InvalidCampaign):
         self.problems = tuple(problems)
         count = "1 mistake" if len(self.problems) == 1 else f"{len(self.problems)} mistakes"
         super().__init__("\n  ".join([f"{name} has {count}:", *map(str, self.problems)]))
+
+
+def read_moment(text: str, after: datetime | None) -> datetime:
+    """A time with its offset or, with ``after``, a duration from then, as ``+3h``.
+
+    Raises:
+        InvalidInput: it is neither.
+    """
+    try:
+        if after is not None and text.startswith("+"):
+            length = parse_duration(text[1:])
+            if length is not None:
+                return (after + length).astimezone(UTC)
+        else:
+            found = datetime.fromisoformat(text)
+            if found.tzinfo is not None:
+                return found.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    other = ", or a duration such as +3h" if after is not None else ""
+    raise InvalidInput(
+        f"expected a time with its offset, such as 2026-03-10T09:00:00+01:00{other}, got "
+        f"{text[:80]!r}"
+    )
 
 
 def parse_duration(text: str) -> timedelta | None:
@@ -496,27 +520,11 @@ class _Reader:
         text = top.text(name, "").strip()
         if self.noted(name):
             return None
-        if after is not None and text.startswith("+"):
-            length = parse_duration(text[1:])
-            if length is not None:
-                try:
-                    return (after + length).astimezone(UTC)
-                except OverflowError:
-                    pass
-        else:
-            try:
-                found = datetime.fromisoformat(text)
-                if found.tzinfo is not None:
-                    return found.astimezone(UTC)
-            except (ValueError, OverflowError):
-                pass
-        other = ", or a duration such as +3h" if after is not None else ""
-        top.wrong(
-            name,
-            f"expected a time with its offset, such as 2026-03-10T09:00:00+01:00{other}, got "
-            f"{text[:80]!r}",
-        )
-        return None
+        try:
+            return read_moment(text, after)
+        except InvalidInput as error:
+            top.wrong(name, str(error))
+            return None
 
     def _quiet_hours(self, top: _Fields) -> QuietHours | None:
         if not top.has("quiet_hours"):

@@ -197,13 +197,31 @@ class Coordinator:
         elif run is None:
             effects.events.append(_refusal_without_run(command, now))
         else:
-            problem = self._act(run, command, now)
-            run = self._run
-            remembered = (*run.commands, command.command_id)[-self.policy.remembered_commands :]
-            self.memory.run = replace(run, commands=remembered)
+            problem = self._stale(run, command) or self._act(run, command, now)
+            self._remember(command, now)
             self._tell(effects, now, command, problem)
         self._advance(now, effects)
         return effects
+
+    def _stale(self, run: RunState, command: Command) -> str:
+        """Why a command is too old, where its id may have been forgotten."""
+        newest = run.issued_until
+        forgetful = len(run.commands) >= self.policy.remembered_commands
+        if not forgetful or newest is None or command.issued_at >= newest:
+            return ""
+        return (
+            f"the command is stale: it was issued at {command.issued_at.isoformat()} and another "
+            f"at {newest.isoformat()}; whether it was carried out long ago is not known any more. "
+            "Issue it again"
+        )
+
+    def _remember(self, command: Command, now: datetime) -> None:
+        run = self._run
+        commands = (*run.commands, command.command_id)[-self.policy.remembered_commands :]
+        newest = min(command.issued_at, now)
+        if run.issued_until is not None:
+            newest = max(run.issued_until, newest)
+        self.memory.run = replace(run, commands=commands, issued_until=newest)
 
     def _launch(
         self, command: Command, now: datetime, facts: LaunchFacts | None, effects: Effects
@@ -273,6 +291,20 @@ class Coordinator:
             if rate is not None and not sound_rate(rate):
                 return f"{_RATE_WANTED}, got {rate:g}; use pause to stop"
             self.memory.run = replace(run, rate_per_second=rate, version=_later(run, now))
+        elif kind is CommandKind.SCHEDULE:
+            return self._schedule(run, command.start_at or now, now)
+        return ""
+
+    def _schedule(self, run: RunState, start_at: datetime, now: datetime) -> str:
+        """Begin at another time; a moment that has passed is now."""
+        if run.start_at is None or run.start_at <= now:
+            return f"the run has begun: it is {run.status.value}; pause and resume it instead"
+        if start_at >= run.deadline:
+            return (
+                f"the start {start_at.isoformat()} is not before the run's deadline "
+                f"{run.deadline.isoformat()}"
+            )
+        self.memory.run = replace(run, start_at=max(start_at, now), version=_later(run, now))
         return ""
 
     def _reorder(self, run: RunState, command: Command, now: datetime) -> str:
@@ -519,6 +551,7 @@ class Coordinator:
                 generation,
                 bitmap_bytes(bits),
                 now,
+                run.start_at,
             )
         )
 

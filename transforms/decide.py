@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -354,6 +354,8 @@ def decide_page(
         MalformedRecord: a recipient's state does not decode.
     """
     leg = leg_of(spec, order.leg)
+    if order.start_at is not None:
+        spec = replace(spec, start_at=order.start_at)
     rules = _Rules(spec, leg, order.generation, to_millis(now))
     granted = [
         consent.granted_by_snapshot(one, rules.channel, spec.topic) for one in index.consent_sets

@@ -105,6 +105,45 @@ def test_a_scheduled_run_begins_at_its_time() -> None:
     assert field.status is RunStatus.RUNNING and len(field.orders) == 1
 
 
+def test_a_run_that_has_not_begun_can_begin_at_another_time() -> None:
+    field = Field((2,), one_leg(start_at=NOON + timedelta(hours=1)))
+    field.launch()
+    field.tell(CommandKind.SCHEDULE, start_at=field.run.deadline)
+    assert "is not before the run's deadline" in field.note
+    field.tell(CommandKind.SCHEDULE, start_at=NOON + timedelta(hours=2))
+    assert field.events[-1].accepted and field.status is RunStatus.SCHEDULED
+    field.tick(timedelta(hours=1))
+    assert field.orders == []
+    field.tell(CommandKind.PAUSE)
+    field.tell(CommandKind.SCHEDULE, start_at=field.now + MINUTE)
+    assert field.events[-1].accepted and field.status is RunStatus.PAUSED
+    field.tell(CommandKind.RESUME)
+    assert field.status is RunStatus.SCHEDULED
+    field.tell(CommandKind.SCHEDULE)
+    assert field.status is RunStatus.RUNNING and len(field.orders) == 1
+    # Whoever decides must not wait for the start that the definition names.
+    assert field.orders[0].start_at == field.now
+    field.tell(CommandKind.SCHEDULE, start_at=field.now + MINUTE)
+    assert field.note == "the run has begun: it is running; pause and resume it instead"
+
+
+def test_a_command_that_may_have_been_forgotten_is_refused_as_stale() -> None:
+    field = Field((2,), remembered_commands=3)
+    field.launch()
+    old = field.command(CommandKind.PAUSE)
+    field.step(field.coordinator.on_command(old, field.now, None))
+    for kind in (CommandKind.RESUME, CommandKind.PAUSE, CommandKind.RESUME):
+        field.tick(timedelta(seconds=1))
+        field.tell(kind)
+    assert old.command_id not in field.run.commands
+    field.step(field.coordinator.on_command(old, field.now, None))
+    assert field.status is RunStatus.RUNNING
+    assert not field.events[-1].accepted and "the command is stale" in field.note
+    field.tick(timedelta(seconds=1))
+    field.tell(CommandKind.PAUSE)
+    assert field.status is RunStatus.PAUSED
+
+
 def test_legs_must_be_there_once() -> None:
     assert problems_of(campaign()) == ()
     assert problems_of(campaign(legs=())) == ("legs: at least one channel is needed",)

@@ -123,7 +123,7 @@ def test_a_changed_schema_is_noticed(tmp_path: Path, keeps_old: bool, has_defaul
     shutil.copytree(AVRO, folder)
     path = folder / "PageOrder.avsc"
     if keeps_old:
-        shutil.copy(path, folder / "old" / "PageOrder-1.avsc")
+        shutil.copy(path, folder / "old" / "PageOrder-before.avsc")
     schema = json.loads(path.read_text())
     added = {"name": "urgent", "type": "boolean"}
     schema["fields"].append(added | {"default": False} if has_default else added)
