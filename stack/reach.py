@@ -1,4 +1,7 @@
-"""Where commands find the servers: the environment first, else the embedded stack of a home."""
+"""Where commands find the servers: at a home that is named, else where the environment says.
+
+Where neither is, at the usual home.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,19 @@ from stack.layout import home as home_at
 
 
 def reach(home: Path | None = None) -> Mapping[str, str]:
-    """The ``FANFARE_`` variables: what is set in the environment outranks the embedded stack."""
+    """The ``FANFARE_`` variables.
+
+    The servers of a ``home`` that is given outrank those that are set in the environment, which
+    outrank those of the usual home.
+
+    Raises:
+        StackFailed: no stack was started there, and the environment names no Kafka.
+    """
     own = {name: value for name, value in os.environ.items() if name.startswith("FANFARE_")}
+    if home is not None:
+        return {**own, **environment(home_at(home))}
     try:
-        return {**environment(home_at(home)), **own}
+        return {**environment(home_at(None)), **own}
     except StackFailed:
         if "FANFARE_KAFKA" in own:
             return own
