@@ -10,7 +10,7 @@ from datetime import timedelta
 
 from schemas import topics
 from schemas.codec import decode, to_millis
-from schemas.errors import Missing, Unavailable
+from schemas.errors import MalformedRecord, Missing, Unavailable
 from schemas.ids import RunId, Tenant
 from schemas.pages import PAGE_SIZE, SHARDS
 from schemas.reasons import Lane
@@ -92,7 +92,10 @@ def read_outcomes(servers: str, runs: Iterable[str]) -> Mapping[Place, tuple[Tol
     wanted = frozenset(runs)
     found: dict[Place, list[Told]] = defaultdict(list)
     for value in read_all(servers, topics.OUTCOMES):
-        record = decode(value, Outcomes)
+        try:
+            record = decode(value, Outcomes)
+        except MalformedRecord:
+            continue  # Anybody may have written it; were it ours, somebody's outcome is missing.
         if record.run not in wanted:
             continue
         at_ms, base = to_millis(record.at), record.page * PAGE_SIZE
