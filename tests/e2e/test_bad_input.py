@@ -268,7 +268,7 @@ def test_damaged_pages_are_named_and_everybody_else_gets_theirs(world: World) ->
     letters = [letter for letter in world.dead_letters() if letter.run == run]
     assert {(one.shard, one.step, one.reason) for one in letters} == {
         (index_page.shard, "decide/page", Reason.CORRUPT_PAGE),
-        (body_page.shard, "deliver", Reason.CORRUPT_PAGE),
+        (body_page.shard, "delivery/request", Reason.CORRUPT_PAGE),
     }
     assert all(one.original and one.leg and one.ordinals for one in letters)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from schemas.errors import FanfareError, InvalidCampaign
@@ -27,11 +26,10 @@ def type_in(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said
     """Types a command; its exit status and JSON. What it raises, `fanfare` prints."""
     # An explicit home outranks what somebody exported for another stack.
     monkeypatch.setenv("FANFARE_KAFKA", "127.0.0.1:1")
-    command = typer.main.get_command(app)
 
     def typed(*words: str) -> Said:
         options = ["--home", str(world.home.root), "--json", "--tenant", TENANT]
-        result = CliRunner().invoke(command, [*words, *options])
+        result = CliRunner().invoke(app, [*words, *options])
         if isinstance(result.exception, FanfareError):
             raise result.exception
         assert result.exit_code in (0, 1, 3), result.output
