@@ -11,11 +11,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from schemas.reasons import RunStatus
 from stack import lifecycle
 from stack.flink_jobs import parallelism_of
 from stack.layout import PROJECT_ROOT, home
@@ -26,6 +28,13 @@ from tests.stack_fixture import RunningJobs
 pytestmark = pytest.mark.engine
 PACKAGES = ("gateway", "jobs", "pipelines", "schemas", "sinks", "stack", "transforms")
 MARK = "kept in the new layout"
+ALL_ARRIVE = {
+    "delivered": 1.0,
+    "bounce": 0.0,
+    "dropped": 0.0,
+    "spamreport": 0.0,
+    "unsubscribe": 0.0,
+}
 WIDER = {"campaigns": 2, "delivery": 2, "webhook-ingest": 1}
 
 Command = Callable[..., str]
@@ -88,32 +97,63 @@ def fanfare(project: Path, tmp_path: Path) -> Iterator[Command]:
     assert not leftovers(home(where))
 
 
-def test_a_campaign_goes_on_in_a_new_layout_and_wider(
+def test_campaigns_go_on_in_a_new_layout_and_wider(
     project: Path, fanfare: Command, tmp_path: Path
 ) -> None:
+    """Coordinate's pages and windows, decide's caps, delivery's owed sends, ingest's buffer."""
     fanfare("up", "--taskmanagers", str(sum(WIDER.values())))
     fanfare("jobs", "start")
     world = World(RunningJobs(home(tmp_path / "home")), tmp_path)
     try:
-        crowd = world.crowd(4_000)
-        run = world.run_name("upgraded")
-        event = world.launch(run, crowd.name, rate_per_second=100.0)
-        assert event.accepted, event.note
-        world.wait_accepted(run, 200)
-        assert all(one.note != MARK for one in world.events(run))
-
-        give_a_new_layout(project)
-        widths = [f"--parallelism={name}={wide}" for name, wide in WIDER.items()]
-        ids = json.loads(fanfare("upgrade", "--json", *widths))
-        assert {name: parallelism_of(world.home, ids[name]) for name in WIDER} == WIDER
-        assert world.stats(run)["unique"] < len(crowd.consenting()), "it was in the middle"
-
-        assert world.control("set_rate", run, rate_per_second=1_000.0).note == MARK
-        world.wait_status(run)
-        found = world.check_balanced(run, crowd).as_json()
-        assert set(world.accepted(run)) == {one.message(run) for one in crowd.consenting()}
-        assert world.stats(run)["duplicates"] == 0
-        # A stop is no kill: requests in flight were answered and settled before it.
-        assert found["unknown"] == found["failed"] == found["expired"] == 0
+        # Nobody's address is suppressed meanwhile: only the cap is to refuse them.
+        with world.provider(webhooks={"proportions": ALL_ARRIVE}):
+            check_upgraded(world, project, fanfare)
     finally:
         world.close()
+
+
+def check_upgraded(world: World, project: Path, fanfare: Command) -> None:
+    crowd, other = world.crowd(4_000), world.crowd(1_000)
+    run, category = world.run_name("upgraded"), world.run_name("category")
+    event = world.launch(run, crowd.name, category=category, rate_per_second=60.0)
+    assert event.accepted, event.note
+    world.wait_accepted(run, 100)
+    paused = world.run_name("paused-meanwhile")
+    assert world.launch(paused, other.name, rate_per_second=50.0).accepted
+    assert world.control("pause", paused).accepted
+    assert all(one.note != MARK for one in world.events())
+
+    give_a_new_layout(project)
+    widths = [f"--parallelism={name}={wide}" for name, wide in WIDER.items()]
+    ids = json.loads(fanfare("upgrade", "--json", *widths))
+    assert {name: parallelism_of(world.home, ids[name]) for name in WIDER} == WIDER
+    assert world.stats(run)["unique"] < len(crowd.consenting()), "it was in the middle"
+
+    assert world.control("set_rate", run, rate_per_second=1_000.0).note == MARK
+    world.wait_status(run)
+    found = world.check_balanced(run, crowd).as_json()
+    assert set(world.accepted(run)) == {one.message(run) for one in crowd.consenting()}
+    assert world.stats(run)["duplicates"] == 0
+    # A stop is no kill: requests in flight were answered and settled before it.
+    assert found["unknown"] == found["failed"] == found["expired"] == 0
+
+    # Reservations made before the savepoint and after it count alike.
+    cap = {
+        "name": "once", "limit": 1, "window": "rolling", "length": 86_400_000, "channel": "email",
+        "category": category, "when_capped": "drop",
+    }  # fmt: skip
+    second = world.run_name("caps-of-before")
+    assert world.launch(second, crowd.name, category=category, caps=[cap]).accepted
+    world.wait_status(second)
+    capped = world.check_balanced(second, crowd).as_json()
+    assert capped["accepted"] == 0
+    assert capped["skipped"]["frequency_cap"] == len(crowd.consenting())
+
+    # A run that was paused is paused still, and goes on when it is told to.
+    assert world.events(paused)[-1].status is RunStatus.PAUSED
+    count = world.stats(paused)["unique"]
+    time.sleep(1)
+    assert world.stats(paused)["unique"] == count
+    assert world.control("resume", paused).note == MARK
+    world.wait_status(paused)
+    world.check_balanced(paused, other)
