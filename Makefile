@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup check test demo chaos chaos-quick down up format clean
+.PHONY: help setup check test demo chaos chaos-quick bench down up format clean
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/:/' | column -t -s:
 
@@ -43,6 +43,9 @@ chaos: $(STAMP)  ## kill everything during campaigns; SEED=n repeats a schedule
 
 chaos-quick: $(STAMP) ## the same, in a few minutes
 	$(BIN)/fanfare chaos --quick $(if $(SEED),--seed $(SEED))
+
+bench: $(STAMP)  ## what every part costs; SECTION=name measures one
+	$(BIN)/python -m bench $(SECTION)
 
 down: $(STAMP)   ## stop the embedded stack
 	$(BIN)/fanfare down

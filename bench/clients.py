@@ -104,7 +104,7 @@ async def _serve(kind: str) -> None:
     protocol = {"http": _HttpServer, "smtp": _SmtpServer}[kind]
     loop = asyncio.get_running_loop()
     server = await loop.create_server(protocol, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
+    print(server.sockets[0].getsockname()[1], file=sys.stderr, flush=True)
     # The sender holds our standard input: when it ends, so do we.
     await loop.run_in_executor(None, sys.stdin.read)
 
@@ -281,7 +281,11 @@ def run() -> dict[str, float]:
                 cpu, rate = uvloop.run(measured())
                 figures[f"{kind}.{name}.cpu_us"] = round(cpu, 1)
                 figures[f"{kind}.{name}.per_s"] = round(rate)
-                print(f"{kind:5} {name:28} {cpu:7.1f} µs CPU {rate:9.0f}/s", flush=True)
+                print(
+                    f"{kind:5} {name:28} {cpu:7.1f} µs CPU {rate:9.0f}/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
         finally:
             server.stdin.close()
             server.wait(10)

@@ -9,6 +9,7 @@ Each is the best of three runs.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -156,7 +157,7 @@ def _order(page: int) -> PageOrder:
     )
 
 
-def _timed(name: str, work: Callable[[int], object]) -> None:
+def _timed(name: str, work: Callable[[int], object]) -> dict[str, float]:
     seconds = math.inf
     for _ in range(3):
         before = time.process_time()
@@ -164,11 +165,16 @@ def _timed(name: str, work: Callable[[int], object]) -> None:
             work(page)
         seconds = min(seconds, time.process_time() - before)
     people = PAGES * PAGE_SIZE
-    print(f"{name:52} {people / seconds:>10,.0f}/s {seconds / people * 1e6:>7.2f} µs")
+    print(
+        f"{name:52} {people / seconds:>10,.0f}/s {seconds / people * 1e6:>7.2f} µs",
+        file=sys.stderr,
+    )
+    return {name: people / seconds}
 
 
-def main() -> None:
-    """Measure and print."""
+def run() -> dict[str, float]:
+    """Measure; {name: recipients a second of processor time}."""
+    figures: dict[str, float] = {}
     pages = [_page(number) for number in range(PAGES)]
     orders = [_order(number) for number in range(PAGES)]
     bare = replace(SPEC, caps=())
@@ -182,7 +188,7 @@ def main() -> None:
     ):
         states = [_states(page, kind, number) for number, page in enumerate(pages)]
         for spec, rules in ((SPEC, "2 caps"), (bare, "no caps"), (held, "2 caps, holdout")):
-            _timed(
+            figures |= _timed(
                 f"decide: {label}, {rules}",
                 lambda n, s=spec, st=states: decide_page(  # type: ignore[misc]
                     orders[n], s, pages[n], st[n].get, NOW
@@ -210,14 +216,15 @@ def main() -> None:
             )
             for n in range(PAGES)
         ]
-        _timed(
+        figures |= _timed(
             f"fold: accepted, {label}",
             lambda n, d=decided, t=told: fold_page_outcomes(  # type: ignore[misc]
                 t[n], pages[n], d[n].states.get
             ),
         )
         assert all(len(one.states) > PAGE_SIZE * 0.9 for one in decided)
+    return figures
 
 
 if __name__ == "__main__":
-    main()
+    run()

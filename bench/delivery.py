@@ -13,12 +13,13 @@ import argparse
 import contextlib
 import json
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -31,6 +32,7 @@ from bench.rendering import HTML, SUBJECT
 from pipelines.audience import AudienceRequest, BuiltAudience, build_audience
 from schemas.codec import encode
 from schemas.ids import LegId, ObjectId, RunId, Tenant
+from schemas.message import Provider
 from schemas.pages import SHARDS, bitmap_bytes, delivery_key, full_bitmap
 from schemas.reasons import Channel, Lane, Outcome, RunStatus
 from schemas.records import (
@@ -43,15 +45,28 @@ from schemas.records import (
 )
 from sinks import ledger_upkeep, runs
 from sinks.accounts import AccountSettings, open_accounts, sendgrid_account, smtp_account
+from sinks.delivery_loop import FullLedger
 from sinks.engine import DeliveryEngine, EnginePolicy
 from sinks.redis_client import connect
 from sinks.redis_ports import connect_ledger, connect_shaper
 from sinks.shaping import Limits
 from sinks.smtp_client import SmtpTls
 from sinks.store import FileStore
+from transforms.ledger import (
+    CLAIMED,
+    DONE,
+    Ask,
+    Claims,
+    LedgerRef,
+    Owner,
+    Seen,
+    Settlement,
+    Settlements,
+)
 
 PEOPLE = 40_000
 LATENCY_MS = 50
+IN_FLIGHT = {"smtp": 64, "http": 512}
 TENANT, LEG = Tenant("acme"), LegId("email")
 COLUMNS = ("points", "city", "code", "offer", "link", "company", "expires")
 
@@ -73,7 +88,8 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _redis(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+def redis_server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """The URL and the process of a Redis with an append-only file, fsync always."""
     port = _free_port()
     process = subprocess.Popen(
         [
@@ -190,17 +206,45 @@ def _launch(url: str, store: FileStore, built: BuiltAudience, run: RunId, route:
     return store.put_object("spec", encode(spec))
 
 
+class NoLedger:
+    """Leave for every request at once, and nothing remembered: what the ledger is compared with."""
+
+    async def acquire_epoch(self, lane: Lane, key: int) -> int:
+        """The first."""
+        return 1
+
+    async def look(self, ref: LedgerRef, owner: Owner) -> Seen:
+        """A new one."""
+        return Seen("none", 0)
+
+    async def claim(
+        self, ref: LedgerRef, owner: Owner, seen: Seen, scopes: Sequence[str], asks: Sequence[Ask]
+    ) -> Claims:
+        """Granted."""
+        return Claims(seen.seq + 1, 0, RunStatus.RUNNING, (CLAIMED,) * len(asks))
+
+    async def settle(
+        self, ref: LedgerRef, owner: Owner, seen: Seen, settlements: Sequence[Settlement]
+    ) -> Settlements:
+        """Done."""
+        return Settlements(seen.seq + 1, 0, (DONE,) * len(settlements))
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
 def _measure(
     url: str,
     store: FileStore,
     account: AccountSettings,
     sends: list[Send],
     others: tuple[psutil.Process, psutil.Process],
+    ledger: Callable[[], FullLedger] | None = None,
 ) -> Figures:
     """Deliver all; figures from the first hand-over to the last outcome."""
     engine = DeliveryEngine(
         EnginePolicy(receiver="https://u.acme.example", unsubscribe_secret=b"s" * 32),
-        partial(connect_ledger, url),
+        ledger or partial(connect_ledger, url),
         partial(connect_shaper, url, (account,)),
         partial(open_accounts, (account,)),
         partial(FileStore, store.root),
@@ -242,9 +286,8 @@ def _measure(
     return Figures(count / took, spent * micro, redis_s * micro, simulator_s * micro)
 
 
-def run(people: int, kinds: tuple[str, ...]) -> dict[str, float]:
-    """Measure; {name: figure}."""
-    figures: dict[str, float] = {}
+@contextlib.contextmanager
+def _place(people: int) -> Iterator[_Place]:
     with tempfile.TemporaryDirectory(prefix="fanfare-bench-") as name:
         folder = Path(name)
         for each in ("redis", "provider"):
@@ -252,41 +295,79 @@ def run(people: int, kinds: tuple[str, ...]) -> dict[str, float]:
         store = FileStore(folder / "store")
         built = _audience(store, folder, people)
         with (
-            _redis(folder / "redis") as (url, redis),
-            _simulator(folder / "provider") as (
-                ports,
-                simulator,
-            ),
+            redis_server(folder / "redis") as (url, redis),
+            _simulator(folder / "provider") as (ports, simulator),
         ):
             smtp = f"127.0.0.1:{ports['smtp_port']}"
             http = f"http://127.0.0.1:{ports['http_port']}"
             makers = {
-                "smtp": (
-                    64,
-                    partial(smtp_account, smtp, "bench", SmtpTls.NONE, ("", ""), 64, True),
-                ),
-                "http": (512, partial(sendgrid_account, http, "key", 512, True)),
+                "smtp": partial(smtp_account, smtp, "bench", SmtpTls.NONE, ("", ""), 64, True),
+                "http": partial(sendgrid_account, http, "key", 512, True),
             }
-            for kind in kinds:
-                in_flight, make = makers[kind]
-                route = Route(kind, "main")
-                account = AccountSettings(route, Limits(), in_flight, make)
-                run_id = RunId(f"bench-{kind}")
-                spec = _launch(url, store, built, run_id, route)
-                sends = _sends(built, spec, run_id, Lane.PROMOTIONAL)
-                found = _measure(url, store, account, sends, (redis, simulator))
-                figures |= {
-                    f"deliver.{kind}_per_s": round(found.per_s),
-                    f"deliver.{kind}_loop_cpu_us": round(found.loop_cpu_us, 1),
-                    f"deliver.{kind}_redis_cpu_us": round(found.redis_cpu_us, 1),
-                    f"deliver.{kind}_simulator_cpu_us": round(found.simulator_cpu_us, 1),
-                }
-                print(
-                    f"{kind:5} {found.per_s:8.0f}/s   CPU \u00b5s a message: loop "
-                    f"{found.loop_cpu_us:6.1f}  Redis {found.redis_cpu_us:5.1f}  simulator "
-                    f"{found.simulator_cpu_us:5.1f}",
-                    flush=True,
-                )
+            yield _Place(url, store, built, makers, (redis, simulator))
+
+
+@dataclass(slots=True)
+class _Place:
+    """Servers, an audience, and providers to open."""
+
+    url: str
+    store: FileStore
+    built: BuiltAudience
+    makers: Mapping[str, Callable[[], Provider]]
+    processes: tuple[psutil.Process, psutil.Process]
+    runs: int = 0
+
+    def deliver(self, kind: str, ledger: Callable[[], FullLedger] | None = None) -> Figures:
+        """One run to everybody."""
+        self.runs += 1
+        route, run_id = Route(kind, "main"), RunId(f"bench-{kind}-{self.runs}")
+        account = AccountSettings(route, Limits(), IN_FLIGHT[kind], self.makers[kind])
+        spec = _launch(self.url, self.store, self.built, run_id, route)
+        sends = _sends(self.built, spec, run_id, Lane.PROMOTIONAL)
+        return _measure(self.url, self.store, account, sends, self.processes, ledger)
+
+
+def ledger_ratio(people: int = PEOPLE, rounds: int = 3) -> dict[str, float]:
+    """Delivery's rate with the ledger as a share of that without claim and settle, by turns."""
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    cpu: dict[bool, list[float]] = {True: [], False: []}
+    with _place(people) as place:
+        place.deliver("smtp")
+        for _ in range(rounds):
+            for kept in (True, False):
+                found = place.deliver("smtp", None if kept else NoLedger)
+                rates[kept].append(found.per_s)
+                cpu[kept].append(found.loop_cpu_us)
+    kept_rate, bare_rate = statistics.median(rates[True]), statistics.median(rates[False])
+    return {
+        "ledger_rate_ratio": kept_rate / bare_rate,
+        "with_ledger_per_s": kept_rate,
+        "without_ledger_per_s": bare_rate,
+        "with_ledger_cpu_us": statistics.median(cpu[True]),
+        "without_ledger_cpu_us": statistics.median(cpu[False]),
+    }
+
+
+def run(people: int = PEOPLE, kinds: Sequence[str] = ("smtp", "http")) -> dict[str, float]:
+    """Measure; {figure: number}."""
+    figures: dict[str, float] = {}
+    with _place(people) as place:
+        for kind in kinds:
+            found = place.deliver(kind)
+            figures |= {
+                f"{kind}_per_s": round(found.per_s),
+                f"{kind}_loop_cpu_us": round(found.loop_cpu_us, 1),
+                f"{kind}_redis_cpu_us": round(found.redis_cpu_us, 1),
+                f"{kind}_simulator_cpu_us": round(found.simulator_cpu_us, 1),
+            }
+            print(
+                f"{kind:5} {found.per_s:8.0f}/s   CPU \u00b5s a message: loop "
+                f"{found.loop_cpu_us:6.1f}  Redis {found.redis_cpu_us:5.1f}  simulator "
+                f"{found.simulator_cpu_us:5.1f}",
+                file=sys.stderr,
+                flush=True,
+            )
     return figures
 
 

@@ -7,6 +7,7 @@ plain Jinja2 without our limits; MIME in its encodings, beside the standard libr
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from email.message import EmailMessage
@@ -113,8 +114,8 @@ def run() -> dict[str, float]:
     figures: dict[str, float] = {}
     for name, one in work.items():
         figures[name] = round(_measure(one), 1)
-        print(f"{name:32} {figures[name]:8.1f} µs", flush=True)
-    print(f"message of {len(html)} characters")
+        print(f"{name:32} {figures[name]:8.1f} µs", file=sys.stderr, flush=True)
+    print(f"message of {len(html)} characters", file=sys.stderr)
     return figures
 
 

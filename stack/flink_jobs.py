@@ -101,7 +101,7 @@ def submit(
 
 def jobs(home: Home) -> list[Job]:
     """Every job that the cluster knows, ended ones too."""
-    listed = _call(home, "GET", "/jobs/overview")["jobs"]
+    listed = rest(home, "GET", "/jobs/overview")["jobs"]
     return [Job(job["jid"], job["name"], job["state"]) for job in listed]
 
 
@@ -113,7 +113,7 @@ def running_jobs(home: Home) -> list[Job]:
 
 def tasks_running(home: Home, job_id: str) -> bool:
     """Whether every subtask of the job runs (a job counts as RUNNING before they do)."""
-    job = _call(home, "GET", f"/jobs/{job_id}")
+    job = rest(home, "GET", f"/jobs/{job_id}")
     return job["state"] == "RUNNING" and all(
         vertex["tasks"]["RUNNING"] == vertex["parallelism"] for vertex in job["vertices"]
     )
@@ -121,7 +121,7 @@ def tasks_running(home: Home, job_id: str) -> bool:
 
 def parallelism_of(home: Home, job_id: str) -> int:
     """How many subtasks the widest operator of a job has."""
-    vertices = _call(home, "GET", f"/jobs/{job_id}")["vertices"]
+    vertices = rest(home, "GET", f"/jobs/{job_id}")["vertices"]
     return max((int(vertex["parallelism"]) for vertex in vertices), default=1)
 
 
@@ -139,7 +139,7 @@ def wait_running(home: Home, job_id: str, timeout: timedelta = timedelta(seconds
 
 def last_failure(home: Home, job_id: str) -> str:
     """The latest root exception of a job; empty when it had none."""
-    entries = _call(home, "GET", f"/jobs/{job_id}/exceptions")["exceptionHistory"]["entries"]
+    entries = rest(home, "GET", f"/jobs/{job_id}/exceptions")["exceptionHistory"]["entries"]
     return str(entries[0]["stacktrace"]) if entries else ""
 
 
@@ -157,7 +157,7 @@ def wait_ended(home: Home, job_id: str, timeout: timedelta = timedelta(seconds=6
 
 def cancel(home: Home, job_id: str) -> None:
     """Cancel a job and wait until it has ended. Its last checkpoint is kept."""
-    _call(home, "PATCH", f"/jobs/{job_id}?mode=cancel")
+    rest(home, "PATCH", f"/jobs/{job_id}?mode=cancel")
     wait_ended(home, job_id)
 
 
@@ -165,7 +165,7 @@ def stop_with_savepoint(
     home: Home, job_id: str, *, drain: bool = False, timeout: timedelta = timedelta(minutes=2)
 ) -> str:
     """Stop a job behind a savepoint and return the savepoint's path, to resume from."""
-    trigger = _call(
+    trigger = rest(
         home,
         "POST",
         f"/jobs/{job_id}/stop",
@@ -173,7 +173,7 @@ def stop_with_savepoint(
     )["request-id"]
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
-        answer = _call(home, "GET", f"/jobs/{job_id}/savepoints/{trigger}")
+        answer = rest(home, "GET", f"/jobs/{job_id}/savepoints/{trigger}")
         if answer["status"]["id"] == "COMPLETED":
             operation = answer["operation"]
             if "location" not in operation:
@@ -188,13 +188,19 @@ def stop_with_savepoint(
 def taskmanagers_of(home: Home, job_id: str) -> set[str]:
     """The names of the services (`flink-taskmanager-N`) whose process runs a part of the job."""
     names = set()
-    for vertex in _call(home, "GET", f"/jobs/{job_id}")["vertices"]:
-        subtasks = _call(home, "GET", f"/jobs/{job_id}/vertices/{vertex['id']}")["subtasks"]
+    for vertex in rest(home, "GET", f"/jobs/{job_id}")["vertices"]:
+        subtasks = rest(home, "GET", f"/jobs/{job_id}/vertices/{vertex['id']}")["subtasks"]
         names |= {subtask["taskmanager-id"].rsplit(".", 1)[0] for subtask in subtasks}
     return names
 
 
-def _call(home: Home, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+def rest(home: Home, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """What Flink's REST interface answers.
+
+    Raises:
+        StackFailed: it refuses.
+        Unavailable: it does not answer, or has no leader.
+    """
     url = endpoints(home).flink + path
     request = urllib.request.Request(  # noqa: S310 (Flink's REST address)
         url,

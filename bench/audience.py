@@ -1,0 +1,78 @@
+"""Snapshots from CSV and Parquet: ``make bench SECTION=audience``.
+
+Made-up profiles of 18 columns, with duplicates and bad rows, a segment over them. Each build is a
+process of its own, interpreter included; its memory is the most that it ever held.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pipelines.audience import AudienceRequest, build_audience
+from schemas.ids import Tenant
+from sinks.store import FileStore
+from stack.profiles import generate
+
+PEOPLE = int(os.environ.get("FANFARE_BENCH_PROFILES", "500000"))
+LARGE = int(os.environ.get("FANFARE_BENCH_PROFILES_LARGE", "2000000"))
+SEGMENT = "age >= 18"
+
+
+def _build(source: Path, store: Path) -> None:
+    """In a process of its own: build, and say how long and with how much memory."""
+    began, cpu = time.perf_counter(), time.process_time()
+    request = AudienceRequest((source,), Tenant("acme"), SEGMENT)
+    counts = build_audience(request, FileStore(store)).manifest.counts
+    took, spent = time.perf_counter() - began, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        json.dumps(
+            {
+                "read": counts.read,
+                "seconds": took,
+                "cpu": spent + children.ru_utime + children.ru_stime,
+                "peak_mb": peak,
+                "children_peak_mb": children.ru_maxrss / 1024,
+            }
+        )
+    )
+
+
+def _measured(source: Path, store: Path) -> dict[str, float]:
+    words = [sys.executable, "-m", "bench.audience", str(source), str(store)]
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def run() -> dict[str, float]:
+    """Measure; {figure: number}."""
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="fanfare-bench-") as name:
+        folder = Path(name)
+        for kind, prefix in (("csv", ""), ("parquet", "parquet_")):
+            source = folder / f"people.{kind}"
+            generate(PEOPLE, seed=1, out=source)
+            found = _measured(source, folder / kind)
+            figures[f"{prefix}profiles_per_s"] = found["read"] / found["seconds"]
+            figures[f"{prefix}cpu_s_per_million"] = found["cpu"] / found["read"] * 1e6
+            figures[f"{prefix}peak_rss_mb_at_{PEOPLE // 1000}k"] = found["peak_mb"]
+        source = folder / "large.csv"
+        generate(LARGE, seed=2, out=source)
+        found = _measured(source, folder / "large")
+        figures["peak_rss_mb"] = max(found["peak_mb"], found["children_peak_mb"])
+        figures["large_profiles"] = found["read"]
+        figures["large_profiles_per_s"] = found["read"] / found["seconds"]
+    return figures
+
+
+if __name__ == "__main__":
+    _build(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,67 @@
+"""The campaigns job under Flink: ``make bench SECTION=decide``.
+
+Kafka, the campaigns job alone, Redis. A run whose window is unlimited is launched; measured from
+the launch's answer to the last decision, as the page results say it. RocksDB, exactly once, consent
+looked up in state for everybody, with two cap rules and without.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from bench.decide import CAPS
+from bench.harness import SMTP, Cpu, audience, campaign, command, own_stack, per_million
+from schemas import topics
+from schemas.codec import decode, to_millis
+from schemas.pages import bitmap_from
+from schemas.records import CapRule, CommandKind, PageResult
+from sinks.kafka_client import read_from_end
+from sinks.store import FileStore
+from stack.layout import Home, endpoints
+
+PEOPLE = int(os.environ.get("FANFARE_BENCH_PEOPLE", "500000"))
+WARM = 50_000
+_PATIENCE = timedelta(minutes=5)
+
+
+def decide(
+    where: Home, run: str, snapshot: str, people: int, caps: tuple[CapRule, ...]
+) -> dict[str, float]:
+    """One run, from its launch to its last decision."""
+    cpu = Cpu(where)
+    decided, moments = 0, []
+    until = time.monotonic() + _PATIENCE.total_seconds()
+    with read_from_end(endpoints(where).kafka, topics.PAGE_RESULTS, back=0) as poll:
+        poll()
+        command(where, CommandKind.LAUNCH, run, campaign(run, snapshot, SMTP, caps=caps))
+        while decided < people:
+            for value in poll():
+                result = decode(value, PageResult)
+                if result.run == run:
+                    decided += bitmap_from(result.sends).bit_count()
+                    moments.append(to_millis(result.decided_at))
+            if time.monotonic() > until:
+                raise RuntimeError(f"{run}: {decided} of {people} decided after {_PATIENCE}")
+    seconds = (max(moments) - min(moments)) / 1000
+    return {"recipients_per_s": people / seconds, **per_million(cpu.spent(), people)}
+
+
+def run() -> dict[str, float]:
+    """Measure; {figure: number}."""
+    figures: dict[str, float] = {}
+    with (
+        own_stack(("campaigns",), taskmanagers=1, FANFARE_WINDOW=str(10**9)) as where,
+        tempfile.TemporaryDirectory(prefix="fanfare-bench-") as folder,
+    ):
+        store = FileStore(where.store)
+        warm = audience(store, Path(folder), WARM, first=10_000_000)
+        built = audience(store, Path(folder), PEOPLE)
+        decide(where, "bench-warm", warm.snapshot, WARM, CAPS)
+        for name, caps in (("", CAPS), ("no_caps_", ())):
+            found = decide(where, f"bench-{name}run", built.snapshot, PEOPLE, caps)
+            figures |= {f"{name}{figure}": number for figure, number in found.items()}
+    return figures
