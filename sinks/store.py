@@ -158,7 +158,7 @@ class Snapshot:
             )
         except FileNotFoundError:
             raise MissingSnapshot(
-                f"{path} is gone: restore it from a copy, or build the audience again (the same "
+                f"page {entry.page} of shard {entry.shard}: {path} is gone; restore it from a copy, or build the audience again (the same "
                 "sources give the same snapshot)"
             ) from None
         except OSError as error:
