@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+_LATE = ("test_upgrade.py",)
 pytest_plugins = ["tests.stack_fixture"]
 
 
@@ -12,7 +13,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a Flink: `make test` runs it beside the rest.
 
     First come tests that start a Flink of their own, since two cores bear one at a time; last what
-    breaks all.
+    breaks all, and, of the rest, what starts a whole stack.
     """
     for item in items:
         if _needs_stack(item):
@@ -21,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _how_late(item: pytest.Item) -> int:
-    return _needs_stack(item) + (item.path.parent.name == "chaos")
+    return _needs_stack(item) + (item.path.parent.name == "chaos" or item.path.name in _LATE)
 
 
 def _needs_stack(item: pytest.Item) -> bool:

@@ -277,7 +277,7 @@ def test_a_snapshot_that_is_deleted_in_mid_campaign_is_waited_for(world: World) 
     crowd = world.crowd(3_000)
     run = world.run_name("deleted")
     folder = world.store.root / "snapshots" / crowd.name
-    begins = now_ms() + 8_000
+    begins = now_ms() + 4_000
     event = world.launch(run, crowd.name, start_at=begins, deadline=begins + 3_600_000)
     assert event.accepted, event.note
     away = folder.with_name("away-" + crowd.name)

@@ -25,7 +25,6 @@ from stack.supervisor import leftovers
 from tests.e2e.world import World
 from tests.stack_fixture import RunningJobs
 
-pytestmark = pytest.mark.engine
 PACKAGES = ("gateway", "jobs", "pipelines", "schemas", "sinks", "stack", "transforms")
 MARK = "kept in the new layout"
 ALL_ARRIVE = {
