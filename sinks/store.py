@@ -158,8 +158,8 @@ class Snapshot:
             )
         except FileNotFoundError:
             raise MissingSnapshot(
-                f"page {entry.page} of shard {entry.shard}: {path} is gone; restore it from a copy, or build the audience again (the same "
-                "sources give the same snapshot)"
+                f"page {entry.page} of shard {entry.shard}: {path} is gone; restore it from a "
+                "copy, or build the audience again (the same sources give the same snapshot)"
             ) from None
         except OSError as error:
             raise self._corrupt(entry, f"can't be read ({error.strerror})") from error
