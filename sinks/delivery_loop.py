@@ -24,7 +24,7 @@ from schemas.codec import to_millis
 from schemas.errors import Corrupt, Unavailable
 from schemas.message import Answer, Message, Provider, Verdict
 from schemas.pages import PAGE_SIZE
-from schemas.reasons import Lane, Outcome, Reason
+from schemas.reasons import Lane, Outcome, Reason, RunStatus
 from schemas.records import Route, Send
 from sinks.delivery_pages import Reader, Rendered, Store, no_route
 from sinks.delivery_work import (
@@ -74,7 +74,9 @@ from transforms.shaping import Grant
 log = logging.getLogger(__name__)
 
 BATCH = LARGEST_CALL
-"""Messages that are shaped, rendered and claimed together, if the permits allow."""
+"""Messages that are rendered and claimed together, if the permits allow."""
+ROUND = 4 * BATCH
+"""Messages for which permits and tokens are taken together."""
 LINE_KEPT_S = 60.0
 """How long a line with nothing left is kept: its template is compiled, its definition read."""
 _REPORT_S = 0.1
@@ -321,14 +323,15 @@ class DeliveryLoop:
         """Take batches of a stream for as long as it has work."""
         pause_s = _FIRST_PARK_S
         while not self.stopping:
-            batch = stream.next_batch(self._loop.time(), BATCH)
-            if batch is None:
+            batches = stream.next_batches(self._loop.time(), BATCH, ROUND)
+            if not batches:
                 if await self._rest(stream):
                     return
                 continue
-            if not self._strike_out(batch):
+            batches = [batch for batch in batches if self._strike_out(batch)]
+            if not batches:
                 continue
-            turn, wait_s = await self._offer(stream, batch)
+            turn, wait_s = await self._offer(stream, batches)
             if turn is not Turn.PARK:
                 pause_s = _FIRST_PARK_S
             else:
@@ -369,52 +372,43 @@ class DeliveryLoop:
         answer = Answer(Verdict.REFUSED, reason.value, detail=detail)
         self._complete(work, index, Told(Outcome.FAILED, reason), answer, False)
 
-    async def _offer(self, stream: Stream, batch: Batch) -> tuple[Turn, float]:
-        """Get permits and tokens for a batch, and send what both allow.
+    async def _offer(self, stream: Stream, batches: list[Batch]) -> tuple[Turn, float]:
+        """Get permits and tokens for batches, all at once, and send what both allow.
 
         Says what the buckets said, and how long not to ask them again.
         """
-        account, line, send = stream.account, stream.line, batch.work.send
+        account, line = stream.account, stream.line
         held = 0
         try:
             if account is not None:
-                held = await account.permits.take(len(batch.indexes))
-                batch.keep(held)
-            wanted = len(batch.indexes)
+                held = await account.permits.take(sum(len(one.indexes) for one in batches))
+                batches = _kept(batches, held)
+            wanted = sum(len(one.indexes) for one in batches)
             route = account.route if account is not None else _NOWHERE
             grant = await self._shaper.take(route, line.tenant, line.run, self.policy.lane, wanted)
             stream.unheard = False
-            turn = after_grant(
-                grant,
-                datetime.now(UTC),
-                send.valid_until,
-                send.deadline,
-                stream.route,
-                line.routes,
-            )
-            match turn:
-                case Turn.SEND:
-                    batch.keep(grant.granted)
-                    if account is not None:
-                        account.permits.give(held - grant.granted)
-                        held = 0
-                    self._ask(batch, account, grant)
-                    if grant.granted < wanted and grant.wait_ms:
-                        return turn, _token_wait(grant)
-                    return turn, 0.0
-                case Turn.ASK:
+            if grant.granted and grant.status is RunStatus.RUNNING:
+                batches = _kept(batches, grant.granted)
+                if account is not None:
+                    account.permits.give(held - grant.granted)
                     held = 0
-                    self._ask(batch, account, None)
-                    return turn, 0.0
-                case Turn.NEXT_ROUTE:
-                    self._move_on(batch)
-                    return turn, 0.0
-            batch.keep(0)
+                tokens = _Tokens(self, account, grant, len(batches))
+                for batch in batches:
+                    self._ask(batch, account, tokens)
+                if grant.granted < wanted and grant.wait_ms:
+                    return Turn.SEND, _token_wait(grant)
+                return Turn.SEND, 0.0
+            turns = []
+            for batch in batches:
+                turns.append(turn := self._turned_down(stream, batch, grant))
+                if turn is Turn.ASK:
+                    held -= len(batch.indexes) if account is not None else 0
+            turn = next((one for one in turns if one in (Turn.ASK, Turn.NEXT_ROUTE)), turns[0])
             if turn is Turn.WAIT:
                 self.counts["waits_for_tokens"] += 1
-            return turn, _token_wait(grant)
+            return turn, _token_wait(grant) if turn in (Turn.WAIT, Turn.PARK) else 0.0
         except Unavailable as error:
-            batch.keep(0)
+            _kept(batches, 0)
             if not stream.unheard:
                 log.warning("run %s waits for its tokens: %s", line.run, error)
             stream.unheard = True
@@ -423,6 +417,26 @@ class DeliveryLoop:
         finally:
             if account is not None and held:
                 account.permits.give(held)
+
+    def _turned_down(self, stream: Stream, batch: Batch, grant: Grant) -> Turn:
+        """What becomes of a batch for which there is no token. Asked, it keeps its permits."""
+        send = batch.work.send
+        turn = after_grant(
+            grant,
+            datetime.now(UTC),
+            send.valid_until,
+            send.deadline,
+            stream.route,
+            stream.line.routes,
+        )
+        match turn:
+            case Turn.ASK:
+                self._ask(batch, stream.account, None)
+            case Turn.NEXT_ROUTE:
+                self._move_on(batch)
+            case _:
+                batch.keep(0)
+        return turn
 
     def _move_on(self, batch: Batch) -> None:
         """The route's circuit is open: its messages go the next."""
@@ -433,22 +447,22 @@ class DeliveryLoop:
             work.tries[index] = Tries(following.route, 0, tries.total)
         following.back(work, batch.indexes)
 
-    def _ask(self, batch: Batch, account: Account | None, grant: Grant | None) -> None:
+    def _ask(self, batch: Batch, account: Account | None, tokens: _Tokens | None) -> None:
         """Render, then claim. The account's permits for the batch are the question's from now on.
 
-        Without a grant nothing is rendered: the ledger is expected to refuse. A broken line's
+        Without tokens nothing is rendered: the ledger is expected to refuse. A broken line's
         messages are closed with the reason once claimed.
         """
         work, line = batch.work, batch.stream.line
         send = work.send
-        if account is not None and grant is not None and line.context is not None:
+        if account is not None and tokens is not None and line.context is not None:
             rendered = self._reader.render(send, line.context, batch.indexes)
         else:
             rendered = self._reader.recipients(send, batch.indexes)
             if batch.stream.account is None:
                 rendered.failed = dict.fromkeys(batch.indexes, line.broken or no_route())
         base = send.page * PAGE_SIZE
-        name = account.name if account is not None and grant is not None else ""
+        name = account.name if account is not None and tokens is not None else ""
         valid_until_ms, deadline_ms = to_millis(send.valid_until), to_millis(send.deadline)
         asks = [
             Ask(
@@ -464,7 +478,7 @@ class DeliveryLoop:
         ]
         topic = line.context.topic if line.context is not None else "*"
         scopes = scopes_of(send.channel.value, topic)
-        work.desk.ask(_Question(self, batch, account, grant, rendered, scopes, asks))
+        work.desk.ask(_Question(self, batch, account, tokens, rendered, scopes, asks))
 
     # What the ledger said
 
@@ -673,17 +687,39 @@ class DeliveryLoop:
                         del key.desks[ref]
 
 
+class _Tokens:
+    """The tokens of one take, shared by batches; what none of them used is put back together."""
+
+    __slots__ = ("_account", "_grant", "_loop", "_sharers", "_unused")
+
+    def __init__(
+        self, loop: DeliveryLoop, account: Account | None, grant: Grant, sharers: int
+    ) -> None:
+        self._loop = loop
+        self._account = account
+        self._grant = grant
+        self._sharers = sharers
+        self._unused = 0
+
+    def done(self, unused: int) -> None:
+        """A batch has used its tokens but for so many."""
+        self._unused += unused
+        self._sharers -= 1
+        if not self._sharers and self._account is not None:
+            self._loop.put_back(self._account, self._grant, self._unused)
+
+
 class _Question:
     """A batch at its ledger's desk, with the permits and tokens that it holds."""
 
-    __slots__ = ("_account", "_batch", "_grant", "_loop", "_rendered", "asks", "scopes")
+    __slots__ = ("_account", "_batch", "_loop", "_rendered", "_tokens", "asks", "scopes")
 
     def __init__(
         self,
         loop: DeliveryLoop,
         batch: Batch,
         account: Account | None,
-        grant: Grant | None,
+        tokens: _Tokens | None,
         rendered: Rendered,
         scopes: tuple[str, ...],
         asks: Sequence[Ask],
@@ -693,12 +729,12 @@ class _Question:
         self._loop = loop
         self._batch = batch
         self._account = account
-        self._grant = grant
+        self._tokens = tokens
         self._rendered = rendered
 
     def answer(self, verdicts: Sequence[LedgerVerdict]) -> None:
         """Send what was claimed."""
-        leave = self._grant is not None
+        leave = self._tokens is not None
         claimed, sent = self._loop.judged(
             self._batch, self._account, self._rendered, verdicts, leave
         )
@@ -727,9 +763,21 @@ class _Question:
             account.permits.give(len(self._batch.indexes) - claimed)
 
     def _put_tokens_back(self, sent: int) -> None:
-        grant, self._grant = self._grant, None
-        if self._account is not None and grant is not None:
-            self._loop.put_back(self._account, grant, len(self._batch.indexes) - sent)
+        tokens, self._tokens = self._tokens, None
+        if tokens is not None:
+            tokens.done(len(self._batch.indexes) - sent)
+
+
+def _kept(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """The first ``count`` messages of batches; the others go back, to be the next."""
+    kept: list[Batch] = []
+    for batch in batches:
+        take = min(count, len(batch.indexes))
+        count -= take
+        batch.keep(take)
+        if take:
+            kept.append(batch)
+    return kept
 
 
 def _wake(line: Line) -> None:

@@ -162,22 +162,31 @@ class Stream:
         heappush(self._share(work).waiting, (at, index))
         self.news.set()
 
-    def next_batch(self, now: float, size: int) -> Batch | None:
-        """Up to ``size`` messages of the oldest work that has some and whose desk has room."""
-        found = None
+    def next_batches(self, now: float, size: int, total: int) -> list[Batch]:
+        """Up to ``total`` messages, of oldest works first: up to ``size`` for each desk with room.
+
+        No desk has two of the batches: it hears of them only when all have their tokens.
+        """
+        found: list[Batch] = []
         spent = []
+        chosen: set[int] = set()
         for work, share in self._shares.items():
             waiting = share.waiting
             while waiting and waiting[0][0] <= now:
                 share.ready.append(heappop(waiting)[1])
-            if not share.ready or work.desk.busy:
+            desk = work.desk
+            if not share.ready or desk.busy or id(desk) in chosen:
                 continue
-            indexes = [share.ready.popleft() for _ in range(min(size, len(share.ready)))]
-            work.key.under_way += len(indexes)
+            count = min(size, total, len(share.ready))
+            indexes = [share.ready.popleft() for _ in range(count)]
+            work.key.under_way += count
             if not (share.ready or waiting):
                 spent.append(work)
-            found = Batch(work, self, indexes)
-            break
+            chosen.add(id(desk))
+            found.append(Batch(work, self, indexes))
+            total -= count
+            if not total:
+                break
         for work in spent:
             del self._shares[work]
         return found
