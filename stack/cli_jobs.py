@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -60,16 +61,47 @@ def start(
 
 @app.command("list")
 def list_jobs(home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """The jobs that Flink knows, with their states."""
-    from stack.flink_jobs import jobs
+    """The jobs that Flink knows: their states, checkpoints, and what went wrong last.
 
-    listed = jobs(home_at(home))
+    Exit status 1 where a job has failed, restarts, or can't make checkpoints.
+    """
+    from stack.flink_jobs import checkpoints, jobs, last_failure, running_jobs
+
+    where = home_at(home)
+    alive = {job.id for job in running_jobs(where)}
+    rows = []
+    for job in jobs(where):
+        made = checkpoints(where, job.id)
+        why = made.failing if job.id in alive else ""
+        if job.state not in ("RUNNING", "FINISHED", "CANCELED"):
+            why = last_failure(where, job.id) or why
+        rows.append(
+            {
+                "id": job.id,
+                "name": job.name,
+                "state": job.state,
+                "checkpoints": made.completed,
+                "checkpoints_failed": made.failed,
+                "checkpoint_at": made.at.isoformat() if made.at is not None else None,
+                "trouble": why.strip(),
+            }
+        )
     if as_json:
-        print(json.dumps([{"id": job.id, "name": job.name, "state": job.state} for job in listed]))
-        return
-    table = Table(box=None)
-    for column in ("job", "state", "id"):
-        table.add_column(column)
-    for job in listed:
-        table.add_row(job.name, job.state, job.id)
-    Console().print(table)
+        print(json.dumps(rows))
+    else:
+        table = Table(box=None)
+        for column in ("job", "state", "checkpoints", "newest", "id"):
+            table.add_column(column)
+        for row in rows:
+            at = datetime.fromisoformat(str(row["checkpoint_at"])) if row["checkpoint_at"] else None
+            newest = f"{at:%H:%M:%S} UTC" if at is not None else "-"
+            count = f"{row['checkpoints']:,} ({row['checkpoints_failed']:,} failed)"
+            table.add_row(str(row["name"]), str(row["state"]), count, newest, str(row["id"]))
+        console = Console()
+        console.print(table)
+        for row in rows:
+            if row["trouble"]:
+                first = str(row["trouble"]).splitlines()[0][:500]
+                console.print(f"{row['name']}: {first}", style="red", soft_wrap=True, markup=False)
+    if any((row["trouble"] and row["id"] in alive) or row["state"] == "FAILED" for row in rows):
+        raise typer.Exit(1)

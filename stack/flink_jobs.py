@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,18 @@ class Job:
     id: str
     name: str
     state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """How a job's checkpoints fare."""
+
+    completed: int
+    failed: int
+    at: datetime | None
+    """When the last one that was completed was; None where the job has none."""
+    failing: str
+    """Why the newest one that has ended failed; empty where it did not."""
 
 
 def submit(
@@ -116,6 +128,23 @@ def tasks_running(home: Home, job_id: str) -> bool:
     job = rest(home, "GET", f"/jobs/{job_id}")
     return job["state"] == "RUNNING" and all(
         vertex["tasks"]["RUNNING"] == vertex["parallelism"] for vertex in job["vertices"]
+    )
+
+
+def checkpoints(home: Home, job_id: str) -> Checkpoints:
+    """How a job's checkpoints fare."""
+    found = rest(home, "GET", f"/jobs/{job_id}/checkpoints")
+    counts, latest = found["counts"], found["latest"]
+    done, failed = latest.get("completed"), latest.get("failed")
+    failing = ""
+    if failed is not None and (done is None or failed["id"] > done["id"]):
+        failing = str(failed.get("failure_message") or "no reason is given")
+    acknowledged = done["latest_ack_timestamp"] / 1000 if done is not None else None
+    return Checkpoints(
+        int(counts["completed"]),
+        int(counts["failed"]),
+        datetime.fromtimestamp(acknowledged, UTC) if acknowledged is not None else None,
+        failing,
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import urllib.error
 import urllib.request
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from typer.testing import CliRunner
 
 from schemas import topics
 from schemas.codec import encode
@@ -15,6 +18,7 @@ from schemas.pages import bitmap_bytes
 from schemas.reasons import Channel, Lane, Reason, RunStatus
 from schemas.records import RawWebhook
 from schemas.snapshot import shard_file_name
+from stack.cli_jobs import app as jobs_app
 from tests.e2e.producer import COMMAND, CONSENT, campaign, now_ms
 from tests.e2e.world import TENANT, Crowd, World
 from tests.stack_fixture import eventually
@@ -292,6 +296,35 @@ def test_a_snapshot_that_is_deleted_in_mid_campaign_is_waited_for(world: World) 
     found = world.check_balanced(run, crowd).as_json()
     assert set(world.accepted(run)) == {one.message(run) for one in crowd.consenting()}
     assert found["accepted"] == len(crowd.consenting())
+
+
+def test_checkpoints_that_cannot_be_written_are_told_and_lose_nothing(world: World) -> None:
+    crowd = world.crowd(3_000)
+    run = world.run_name("unwritable")
+    assert world.launch(run, crowd.name, rate_per_second=100.0).accepted
+    world.wait_accepted(run, 50)
+    folder = world.home.flink / "checkpoints" / world.jobs.ids["campaigns"]
+    away = folder.with_name("away")
+    folder.rename(away)
+    folder.write_text("a file is where the folder was, as a full disk lets nothing be written")
+    told: list[dict[str, Any]] = []
+
+    def listed() -> int:
+        result = CliRunner().invoke(jobs_app, ["list", "--json", "--home", str(world.home.root)])
+        told[:] = [one for one in json.loads(result.stdout) if one["name"] == "fanfare-campaigns"]
+        return result.exit_code
+
+    try:
+        eventually(lambda: listed() == 1 and bool(told[-1]["trouble"]), what="it is told")
+    finally:
+        folder.unlink()
+        away.rename(folder)
+    assert told[-1]["state"] == "RUNNING"
+    eventually(lambda: listed() == 0, what="checkpoints are made again")
+    world.wait_status(run)
+    world.check_balanced(run, crowd)
+    assert set(world.accepted(run)) == {one.message(run) for one in crowd.consenting()}
+    assert world.stats(run)["duplicates"] == 0
 
 
 def test_reorders_of_nobody_are_refused(world: World) -> None:
