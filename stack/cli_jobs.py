@@ -103,5 +103,10 @@ def list_jobs(home: HomeOption = None, as_json: JsonOption = False) -> None:
             if row["trouble"]:
                 first = str(row["trouble"]).splitlines()[0][:500]
                 console.print(f"{row['name']}: {first}", style="red", soft_wrap=True, markup=False)
-    if any((row["trouble"] and row["id"] in alive) or row["state"] == "FAILED" for row in rows):
+    going_on = {row["name"] for row in rows if row["id"] in alive}
+    if any(
+        row["trouble"] if row["id"] in alive else row["state"] == "FAILED"
+        for row in rows
+        if row["id"] in alive or row["name"] not in going_on
+    ):
         raise typer.Exit(1)
