@@ -23,6 +23,7 @@ from transforms import ledger as rules
 from transforms.ledger import (
     BIT,
     NOTHING,
+    Claim,
     Closed,
     Entry,
     Held,
@@ -88,6 +89,26 @@ def counts(client: Client, tenant: Tenant, run: RunId, leg: LegId) -> LedgerView
         sum(each.held for each in views),
         sum(each.closed for each in views),
     )
+
+
+def claims_of_owners(client: Client, tenant: Tenant, run: RunId, leg: LegId, lane: Lane) -> int:
+    """Claims of a leg by the newest owners of a lane's keys, those in doubt left out.
+
+    Raises ``MissingLedger``, ``Unavailable``.
+    """
+    refs = [LedgerRef(tenant, run, leg, shard) for shard in range(SHARDS)]
+    found = 0
+    for ref, one in zip(refs, _views(client, refs), strict=True):
+        if not one.claims:
+            continue
+        owner = layout.epoch_key(lane, delivery_key(ref.shard))
+        with unavailable(f"read {owner}"):
+            epoch = int(command(client, "GET", owner) or 0)
+        found += sum(
+            isinstance(matter, Claim) and matter.epoch == epoch and not matter.doubt
+            for matter in list_open(client, ref).values()
+        )
+    return found
 
 
 def list_open(client: Client, ref: LedgerRef) -> Mapping[int, Matter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -101,9 +102,10 @@ class _Doubt:
     """What the provider has hung, reset or answered ambiguously until now."""
 
     counted: int
-    unanswered: frozenset[str]
-    left: frozenset[str]
-    """Messages whose client left before it was answered."""
+    unanswered: Counter[str]
+    """Requests by message."""
+    left: Counter[str]
+    """Requests by message whose client left before it was answered."""
     critical_refused: int
 
 
@@ -242,7 +244,8 @@ class Nemesis:
         return {lane: InFlight(in_use[lane], opened[lane], self._claims(lane)) for lane, _ in lanes}
 
     def _claims(self, lane: Lane) -> int:
-        """The claims of a lane once what was under way to Redis has arrived there."""
+        """What the newest owners of a lane have claimed, once all that was under way to Redis has
+        arrived there. Claims of processes that died earlier are theirs, and in doubt already."""
         runs = (
             [self._critical.run_name]
             if lane is Lane.CRITICAL
@@ -254,7 +257,9 @@ class Nemesis:
             while len(looks) < _CLAIMS_LOOKS and not (len(looks) > 1 and looks[-1] == looks[-2]):
                 looks.append(
                     sum(
-                        ledger_upkeep.counts(client, Tenant(TENANT), RunId(run), LEG).claims
+                        ledger_upkeep.claims_of_owners(
+                            client, Tenant(TENANT), RunId(run), LEG, lane
+                        )
                         for run in runs
                     )
                 )
@@ -290,25 +295,30 @@ class Nemesis:
                 for name, count in faults["counts"].items()
                 if name.rpartition(".")[2] in _DOUBTFUL
             ),
-            frozenset(one for kind in _DOUBTFUL for one in unanswered.get(kind, ())),
-            frozenset(unanswered.get("client_left", ())),
+            Counter(one for kind in _DOUBTFUL for one in unanswered.get(kind, ())),
+            Counter(unanswered.get("client_left", ())),
             sum(refused.get(kind, 0) for kind in ("hang_before", "reset_before")),
         )
 
     def _doubted(self, before: _Doubt, stopped: bool = False) -> dict[Lane, InFlight]:
         """What came to be in doubt since; one that was stopped hung whatever it did not answer."""
         after = self._doubt()
-        critical = len((after.unanswered - before.unanswered) & self._critical.ids)
+        critical = self._urgent(after.unanswered - before.unanswered)
         critical += after.critical_refused - before.critical_refused
         promotional = after.counted - before.counted - critical
         if stopped:
             left = after.left - before.left
-            critical += len(left & self._critical.ids)
-            promotional += len(left - self._critical.ids)
+            urgent = self._urgent(left)
+            critical += urgent
+            promotional += left.total() - urgent
         return {
             Lane.PROMOTIONAL: InFlight(doubtful=max(0, promotional)),
             Lane.CRITICAL: InFlight(doubtful=critical),
         }
+
+    def _urgent(self, requests: Counter[str]) -> int:
+        """How many requests are of critical messages: each may have made a duplicate."""
+        return sum(count for one, count in requests.items() if one in self._critical.ids)
 
     # --- runs
 

@@ -186,7 +186,7 @@ class ControlConnection(HttpConnection):
     def _faults(self) -> bytes:
         simulator = self._simulator
         lists = {
-            fault: [id_of(key) for key in keys]
+            fault: [id_of(key) for key in keys.elements()]
             for fault, keys in simulator.record.unanswered.items()
         }
         everyone = {send_id for ids in lists.values() for send_id in ids}

@@ -9,7 +9,7 @@ them, and a line torn by a kill is cut off when the file is opened again.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,7 @@ class Record:
         self.runs: dict[str, RunCounts] = {}
         self.total = RunCounts()
         self.per_second: dict[int, int] = {}
-        self.unanswered: dict[str, dict[Key, None]] = {}
+        self.unanswered: dict[str, Counter[Key]] = {}
 
     def _load(self) -> None:
         size = self._file.seek(0, os.SEEK_END)
@@ -137,7 +137,7 @@ class Record:
         return True
 
     def _note(self, key: Key, fault: str) -> None:
-        self.unanswered.setdefault(fault, {})[key] = None
+        self.unanswered.setdefault(fault, Counter())[key] += 1
 
     def accept(
         self,

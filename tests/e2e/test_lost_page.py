@@ -1,0 +1,103 @@
+"""A page that is lost with its Kafka transaction is noticed and ordered again, once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from kafka import KafkaAdminClient
+from kafka.admin import AbortTransactionSpec
+from kafka.errors import KafkaError
+
+from schemas import topics
+from schemas.codec import decode
+from schemas.errors import MalformedRecord
+from schemas.records import PageResult
+from stack import flink_jobs
+from tests.e2e.producer import campaign
+from tests.e2e.world import TENANT, World
+from tests.stack_fixture import eventually
+
+LOST = (topics.PAGE_RESULTS, "fanfare.sends.")
+_ATTEMPTS = 5
+
+
+@pytest.fixture
+def hasty(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """The campaigns job under transactions, and a patience, of seconds."""
+    with monkeypatch.context() as patched:
+        patched.setenv("FANFARE_TRANSACTION_TIMEOUT", "PT15S")
+        patched.setenv("FANFARE_SILENCE_MARGIN", "PT2S")
+        _start_again(world)
+    yield world
+    _start_again(world)
+
+
+def _start_again(world: World) -> None:
+    """End the campaigns job and let it go on from its last checkpoint with the settings of now."""
+    flink_jobs.cancel(world.home, world.jobs.ids["campaigns"])
+    world.jobs.ensure()
+
+
+def _abort_decisions(admin: KafkaAdminClient) -> bool:
+    """Abort, once a page is decided, what its transaction has written; whether it was in time."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        names = [one.transactional_id for one in admin.list_transactions(state_filters=["Ongoing"])]
+        for found in admin.describe_transactions(names).values() if names else ():
+            partitions = [one for one in found.topic_partitions if one.topic.startswith(LOST)]
+            if not any(one.topic == topics.PAGE_RESULTS for one in partitions):
+                continue
+            time.sleep(0.3)  # a page is decided in some milliseconds
+            try:
+                for one in partitions:
+                    spec = AbortTransactionSpec(one, found.producer_id, found.producer_epoch)
+                    admin.abort_transaction(spec)
+            except KafkaError:
+                return False
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _results(world: World, run: str) -> list[PageResult]:
+    found = []
+    for value in world.read(topics.PAGE_RESULTS):
+        try:
+            result = decode(value, PageResult)
+        except MalformedRecord:  # of another test
+            continue
+        if result.run == run:
+            found.append(result)
+    return found
+
+
+def test_a_page_lost_with_its_transaction_is_ordered_again(hasty: World) -> None:
+    world = hasty
+    crowd = world.crowd(1_000)
+    admin = KafkaAdminClient(bootstrap_servers=world.at.kafka)
+    try:
+        for attempt in range(_ATTEMPTS):
+            run = world.run_name(f"lost-{attempt}")
+            launch = campaign(TENANT, run, crowd.name, caps=[])
+            launched = world.producer.command("launch", TENANT, run, launch=launch)
+            in_time = _abort_decisions(admin)
+            assert world.answer(launched).accepted
+            time.sleep(3)  # the transaction ends, and what is left of it is read
+            decided = sum(len(one.sends) > 0 for one in _results(world, run))
+            if in_time and not decided:
+                break
+            world.wait_status(run)
+        else:
+            pytest.fail(f"none of {_ATTEMPTS} transactions was caught before it was committed")
+    finally:
+        admin.close()
+    assert not world.accepted(run)
+    world.wait_status(run)
+    found = world.check_balanced(run, crowd).as_json()
+    assert found["accepted"] == len(crowd.consenting())
+    assert set(world.accepted(run)) == {one.message(run) for one in crowd.consenting()}
+    assert world.stats(run)["duplicates"] == 0
+    assert {one.generation for one in _results(world, run)} == {1}
+    eventually(world.jobs.all_run, what="all jobs run")
