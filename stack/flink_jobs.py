@@ -36,6 +36,9 @@ class Job:
     state: str
 
 
+_LATE = timedelta(seconds=10)
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
     """How a job's checkpoints fare."""
@@ -132,20 +135,24 @@ def tasks_running(home: Home, job_id: str) -> bool:
 
 
 def checkpoints(home: Home, job_id: str) -> Checkpoints:
-    """How a job's checkpoints fare."""
+    """How a job's checkpoints fare. What keeps one from beginning, Flink counts and does not name:
+    it shows in how long ago the newest one was."""
     found = rest(home, "GET", f"/jobs/{job_id}/checkpoints")
     counts, latest = found["counts"], found["latest"]
     done, failed = latest.get("completed"), latest.get("failed")
+    at = datetime.fromtimestamp(done["latest_ack_timestamp"] / 1000, UTC) if done else None
+    interval = rest(home, "GET", f"/jobs/{job_id}/checkpoints/config")["interval"]
     failing = ""
     if failed is not None and (done is None or failed["id"] > done["id"]):
-        failing = str(failed.get("failure_message") or "no reason is given")
-    acknowledged = done["latest_ack_timestamp"] / 1000 if done is not None else None
-    return Checkpoints(
-        int(counts["completed"]),
-        int(counts["failed"]),
-        datetime.fromtimestamp(acknowledged, UTC) if acknowledged is not None else None,
-        failing,
-    )
+        failing = str(failed.get("failure_message") or "its newest checkpoint failed")
+    elif at is not None:
+        late = datetime.now(UTC) - at
+        if late > max(_LATE, 5 * timedelta(milliseconds=interval)):
+            failing = (
+                f"no checkpoint for {late.total_seconds():.0f} s, {counts['failed']} have failed: "
+                f"is {home.flink / 'checkpoints'} full or not writable? See the JobManager's log"
+            )
+    return Checkpoints(int(counts["completed"]), int(counts["failed"]), at, failing)
 
 
 def parallelism_of(home: Home, job_id: str) -> int:

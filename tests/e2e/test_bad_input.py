@@ -311,7 +311,7 @@ def test_checkpoints_that_cannot_be_written_are_told_and_lose_nothing(world: Wor
 
     def listed() -> int:
         result = CliRunner().invoke(jobs_app, ["list", "--json", "--home", str(world.home.root)])
-        told[:] = [one for one in json.loads(result.stdout) if one["name"] == "fanfare-campaigns"]
+        told[:] = [one for one in json.loads(result.stdout) if one["id"] == folder.name]
         return result.exit_code
 
     try:
@@ -320,6 +320,7 @@ def test_checkpoints_that_cannot_be_written_are_told_and_lose_nothing(world: Wor
         folder.unlink()
         away.rename(folder)
     assert told[-1]["state"] == "RUNNING"
+    assert "full or not writable" in told[-1]["trouble"]
     eventually(lambda: listed() == 0, what="checkpoints are made again")
     world.wait_status(run)
     world.check_balanced(run, crowd)

@@ -44,7 +44,8 @@ def _abort_decisions(admin: KafkaAdminClient) -> bool:
     """Abort, once a page is decided, what its transaction has written; whether it was in time."""
     until = time.monotonic() + 10
     while time.monotonic() < until:
-        names = [one.transactional_id for one in admin.list_transactions(state_filters=["Ongoing"])]
+        listed = admin.list_transactions(state_filters=["Ongoing"])
+        names = [one.transactional_id for of_broker in listed.values() for one in of_broker]
         for found in admin.describe_transactions(names).values() if names else ():
             partitions = [one for one in found.topic_partitions if one.topic.startswith(LOST)]
             if not any(one.topic == topics.PAGE_RESULTS for one in partitions):
