@@ -144,14 +144,16 @@ def checkpoints(home: Home, job_id: str) -> Checkpoints:
     interval = rest(home, "GET", f"/jobs/{job_id}/checkpoints/config")["interval"]
     failing = ""
     if failed is not None and (done is None or failed["id"] > done["id"]):
-        failing = str(failed.get("failure_message") or "its newest checkpoint failed")
+        failing = str(failed.get("failure_message") or "it is not said why")
     elif at is not None:
         late = datetime.now(UTC) - at
         if late > max(_LATE, 5 * timedelta(milliseconds=interval)):
-            failing = (
-                f"no checkpoint for {late.total_seconds():.0f} s, {counts['failed']} have failed: "
-                f"is {home.flink / 'checkpoints'} full or not writable? See the JobManager's log"
-            )
+            failing = f"none for {late.total_seconds():.0f} s"
+    if failing:
+        failing = (
+            f"checkpoints fail, {counts['failed']} until now: {failing} They go to "
+            f"{home.flink / 'checkpoints'}: is it full or not writable? See the JobManager's log"
+        )
     return Checkpoints(int(counts["completed"]), int(counts["failed"]), at, failing)
 
 
