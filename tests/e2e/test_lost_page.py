@@ -85,10 +85,10 @@ def _results(world: World, run: str) -> list[PageResult]:
 
 def test_a_page_lost_with_its_transaction_is_ordered_again(hasty: World) -> None:
     world = hasty
-    crowd = world.crowd(1_000)
     admin = KafkaAdminClient(bootstrap_servers=world.at.kafka)
     try:
         for attempt in range(_ATTEMPTS):
+            crowd = world.crowd(1_000)
             run = world.run_name(f"lost-{attempt}")
             launch = campaign(TENANT, run, crowd.name, caps=[])
             launched = world.producer.command("launch", TENANT, run, launch=launch)
