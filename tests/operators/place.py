@@ -79,6 +79,8 @@ class Place:
     """One run of one tenant of its own, on topics of its own."""
 
     def __init__(self, home: Home, name: str, audience: Snapshot) -> None:
+        self.away = False
+        """Whether coordinate's clock stands: it publishes a run's status again only by commands."""
         self.home, self.prefix = home, f"{name}."
         self.tenant, self.run = Tenant(audience.manifest.tenant), RunId(name)
         self.at = endpoints(home)
@@ -292,7 +294,8 @@ class Place:
                                 command, now, None
                             )
                         )
-                self._do(lambda step: step.on_tick(datetime.now(UTC)))
+                if not self.away:
+                    self._do(lambda step: step.on_tick(datetime.now(UTC)))
 
     def _do(self, step: Any) -> None:
         with self._lock:
