@@ -327,7 +327,7 @@ def test_nothing_is_lost_while_clickhouse_is_away(world: World, tmp_path: Path) 
 
 
 def checkpoints(world: World, job: str) -> int:
-    counts = flink_jobs._call(world.home, "GET", f"/jobs/{job}/checkpoints")["counts"]
+    counts = flink_jobs.rest(world.home, "GET", f"/jobs/{job}/checkpoints")["counts"]
     return int(counts["completed"])
 
 
