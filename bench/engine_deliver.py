@@ -11,29 +11,24 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from bench.delivery import launch, sends_to_all
 from bench.harness import (
-    LEG,
     SENDGRID,
     SMTP,
-    TENANT,
     Cpu,
     audience,
-    campaign,
     own_stack,
     per_million,
 )
 from pipelines.audience import BuiltAudience
 from schemas import topics
 from schemas.codec import encode
-from schemas.pages import SHARDS, bitmap_bytes, full_bitmap
-from schemas.reasons import Channel, Lane, RunStatus
-from schemas.records import Route, Send
-from sinks import ledger_upkeep, runs
+from schemas.ids import RunId
+from schemas.reasons import Channel, Lane
+from schemas.records import Route
 from sinks.kafka_client import producer
-from sinks.redis_client import connect
 from sinks.store import FileStore
 from stack.layout import Home, endpoints
 from stack.simulator.client import Control
@@ -48,37 +43,15 @@ def deliver(where: Home, built: BuiltAudience, run: str, route: Route) -> dict[s
     """One run, from sends in Kafka to the last acceptance."""
     at = endpoints(where)
     control = Control(at.simulator)
-    spec = campaign(run, built.snapshot, route)
-    redis = connect(at.redis)
-    counts = [built.manifest.shard_size(shard) for shard in range(SHARDS)]
-    ledger_upkeep.create(redis, TENANT, spec.run, LEG, counts, "bench")
-    runs.publish(redis, TENANT, spec.run, 1, RunStatus.RUNNING, None, spec.deadline)
-    redis.close()
-    name = FileStore(where.store).put_object("spec", encode(spec))
-    now = datetime.now(UTC)
     cpu = Cpu(where)
+    run_id = RunId(run)
+    spec = launch(at.redis, FileStore(where.store), built, run_id, route)
     sender = producer(at.kafka)
     topic = topics.sends_topic(Lane.PROMOTIONAL, Channel.EMAIL)
-    for entry in built.manifest.pages:
-        send = Send(
-            tenant=TENANT,
-            run=spec.run,
-            leg=LEG,
-            lane=Lane.PROMOTIONAL,
-            channel=Channel.EMAIL,
-            spec=name,
-            snapshot=built.snapshot,
-            shard=entry.shard,
-            page=entry.page,
-            generation=0,
-            ordinals=bitmap_bytes(full_bitmap(entry.count)),
-            decided_at=now,
-            valid_until=now + timedelta(minutes=10),
-            deadline=spec.deadline,
-        )
+    for send in sends_to_all(built, spec, run_id):
         sender.send(topic, encode(send))
     sender.close()
-    people = sum(counts)
+    people = built.manifest.counts.audience
     until = time.monotonic() + _PATIENCE_S
     while int(control.stats(run)["unique"]) < people:
         if time.monotonic() > until:

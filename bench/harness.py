@@ -7,7 +7,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
@@ -76,23 +76,20 @@ class Cpu:
         return {kind: at - self._began.get(kind, 0.0) for kind, at in self._now().items()}
 
     def _now(self) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for name, info in processes(self.where).items():
-            kind = name.removeprefix("flink-").partition("-")[0]
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = psutil.Process(info.pid).cpu_times()
-                found[kind] = found.get(kind, 0.0) + times.user + times.system
-        return found
+        return _by_kind(self.where, lambda one: sum(one.cpu_times()[:2]))
 
 
 def resident_mb(where: Home) -> dict[str, float]:
     """Resident memory by kind of process, in MiB."""
+    return _by_kind(where, lambda one: one.memory_info().rss / 2**20)
+
+
+def _by_kind(where: Home, measure: Callable[[psutil.Process], float]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, info in processes(where).items():
         kind = name.removeprefix("flink-").partition("-")[0]
         with contextlib.suppress(psutil.NoSuchProcess):
-            size = psutil.Process(info.pid).memory_info().rss / 2**20
-            found[kind] = found.get(kind, 0.0) + size
+            found[kind] = found.get(kind, 0.0) + measure(psutil.Process(info.pid))
     return found
 
 
