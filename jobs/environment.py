@@ -41,7 +41,7 @@ def environment(
     environment.configure(configuration)
     environment.set_parallelism(settings.parallelism)
     environment.set_max_parallelism(max_parallelism)
-    environment.set_buffer_timeout(int(settings.buffer_timeout / _MILLISECOND))
+    environment.set_buffer_timeout(int(settings.gathers_for() / _MILLISECOND))
     mode = CheckpointingMode.EXACTLY_ONCE if exactly_once else CheckpointingMode.AT_LEAST_ONCE
     environment.enable_checkpointing(int(settings.checkpoint_interval / _MILLISECOND), mode)
     checkpoints = environment.get_checkpoint_config()

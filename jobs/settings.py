@@ -23,6 +23,7 @@ from sinks.smtp_client import SmtpTls
 from transforms.shaping import Limit
 
 PREFIX = "FANFARE_"
+_CRITICAL_BUFFER = timedelta(milliseconds=5)
 
 
 class JobSettings(BaseSettings):
@@ -38,7 +39,9 @@ class JobSettings(BaseSettings):
     """Written before every topic's name of ``schemas.topics``."""
     parallelism: int = Field(default=1, ge=1, le=256)
     checkpoint_interval: timedelta = timedelta(seconds=2)
-    buffer_timeout: timedelta = timedelta(milliseconds=5)
+    buffer_timeout: timedelta = timedelta(milliseconds=100)
+    """How long Flink gathers records before it passes them on, at most 5 ms in the critical lane.
+    A thread of each operator's output wakes so often, with work or without."""
     dead_letter_ratio: float = Field(default=0.05, ge=0, le=1)
     """A job stops when more than this share of its recent records are dead letters."""
     dead_letter_window: int = Field(default=1_000, ge=1)
@@ -50,6 +53,10 @@ class JobSettings(BaseSettings):
     not."""
     failure_interval: timedelta = timedelta(seconds=30)
     """After so long without a failure the count begins anew, and so do the pauses before starts."""
+
+    def gathers_for(self) -> timedelta:
+        """How long an operator's output may keep a record back."""
+        return self.buffer_timeout
 
     def topic(self, name: str) -> str:
         """The deployed name of a topic of ``schemas.topics``."""
@@ -102,6 +109,11 @@ class DeliverySettings(JobSettings):
     slots: Path | None = None
     """A folder in which each delivery process shows how many of its request slots are in use."""
 
+    def gathers_for(self) -> timedelta:
+        """A critical message waits for no other."""
+        longest = _CRITICAL_BUFFER if self.lane is Lane.CRITICAL else self.buffer_timeout
+        return min(self.buffer_timeout, longest)
+
     def accounts(self) -> tuple[AccountSettings, ...]:
         """The accounts that routes may name: ``sendgrid`` / ``main`` and ``smtp`` / ``main``."""
         found = []
@@ -151,6 +163,9 @@ class DeliverySettings(JobSettings):
 class IngestSettings(JobSettings):
     """The webhook-ingest job."""
 
+    checkpoint_interval: timedelta = timedelta(seconds=5)
+    """Of webhook-ingest: what came after the last checkpoint is taken in once more after a failure,
+    to the same rows. Nothing waits for it."""
     clickhouse: SecretStr
     """``http[s]://user:password@host:port[/database]``."""
     redis: SecretStr = SecretStr("")

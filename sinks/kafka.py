@@ -54,7 +54,8 @@ def source(
         .set_value_only_deserializer(ByteArraySchema())
         .set_property("isolation.level", "read_committed")
         .set_property("partition.discovery.interval.ms", "-1")
-        .set_property("fetch.max.wait.ms", "100")
+        # How often an idle source asks again; what arrives is answered at once.
+        .set_property("fetch.max.wait.ms", "1000")
         .build()
     )
     return (

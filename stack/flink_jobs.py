@@ -71,7 +71,7 @@ def submit(
     python_path = os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [
-            *(tools.java, CLIENT_HEAP, "-XX:+UseSerialGC", flink_conf.QUICK_START),
+            *(tools.java, CLIENT_HEAP, *flink_conf.LEAN_JVM),
             *flink_conf.java_module_options(),
             f"-Dlog.file={home.log('flink-client')}",
             f"-Dlog4j.configurationFile={(home.flink / 'conf' / 'log4j-cli.properties').as_uri()}",

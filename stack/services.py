@@ -213,8 +213,7 @@ autopurge.purgeInterval=1
         command=(
             tools.java,
             "-Xmx96m",
-            flink_conf.QUICK_START,
-            "-XX:+UseSerialGC",
+            *flink_conf.LEAN_JVM,
             "-XX:+ExitOnOutOfMemoryError",
             # One line for every connection and probe would bury the others.
             _log4j(
@@ -279,7 +278,7 @@ broker.heartbeat.interval.ms=1000
         tools.java,
         "-Xmx384m",
         "-Xms64m",
-        "-XX:+UseSerialGC",
+        *flink_conf.LEAN_JVM,
         "-XX:+ExitOnOutOfMemoryError",
         _log4j(folder),
         "-cp",

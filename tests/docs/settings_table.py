@@ -35,7 +35,6 @@ JOBS = frozenset({"campaigns", "delivery", "webhook-ingest"})
 MEANINGS = {
     "parallelism": "Subtasks of each operator: as many one-slot TaskManagers are needed.",
     "checkpoint_interval": "Sends leave the campaigns job with each checkpoint.",
-    "buffer_timeout": "How long Flink gathers records before it passes them on.",
     "redis": "`redis://[:password@]host:port/db`. webhook-ingest can do without; then webhooks "
     "settle no unknowns.",
     "lane": "Whose sends are delivered: `promotional` or `critical`.",
