@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup check test demo chaos chaos-quick bench down up format clean
+.PHONY: help setup check test demo chaos chaos-quick bench bench-quick down up format clean
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/:/' | column -t -s:
 
@@ -46,6 +46,9 @@ chaos-quick: $(STAMP) ## the same, in a few minutes
 
 bench: $(STAMP)  ## what every part costs; SECTION=name measures one
 	$(BIN)/python -m bench $(SECTION)
+
+bench-quick: $(STAMP) ## what has become dearer since bench/results.json
+	$(BIN)/python -m bench.quick
 
 down: $(STAMP)   ## stop the embedded stack
 	$(BIN)/fanfare down

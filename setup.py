@@ -46,6 +46,7 @@ DEV = [
     "import-linter==2.16",
     "aiosmtplib==5.1.3",  # a foreign SMTP client to test the simulator with, and to compare speed
     "pyreqwest==0.15.1",  # a foreign HTTP client to compare speed with
+    "matplotlib==3.10.8",  # the benchmarks' charts
     "py-spy==0.4.3",  # profiles behind the benchmarks
 ]
 

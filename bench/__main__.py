@@ -11,15 +11,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness import machine
-
-RESULTS = Path(__file__).with_name("results.json")
+from bench.charts import draw
+from bench.harness import RESULTS, machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +45,7 @@ SECTIONS: Mapping[str, Section] = {
     "deliver": Section("bench.engine_deliver", "the delivery job under Flink", 1),
     "e2e": Section("bench.end_to_end", "launch to last outcome, everything on", 1),
     "safety": Section("bench.safety", "pause, standstill, checkpoints, what the ledger costs", 1),
+    "scaling": Section("bench.scaling", "cost against size and against subtasks", 1),
     "stack": Section("bench.idle", "everything up and nothing to do", 1),
 }
 
@@ -120,6 +119,8 @@ def main() -> int:
         figures[name] = {figure: one["median"] for figure, one in told.items()}
         if not options.no_keep:
             _keep(name, told, where)
+    if not options.no_keep:
+        draw(json.loads(RESULTS.read_text()))
     print(json.dumps(figures), flush=True)
     return 0
 

@@ -104,7 +104,7 @@ async def _serve(kind: str) -> None:
     protocol = {"http": _HttpServer, "smtp": _SmtpServer}[kind]
     loop = asyncio.get_running_loop()
     server = await loop.create_server(protocol, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], file=sys.stderr, flush=True)
+    print(server.sockets[0].getsockname()[1], flush=True)
     # The sender holds our standard input: when it ends, so do we.
     await loop.run_in_executor(None, sys.stdin.read)
 

@@ -38,6 +38,7 @@ from stack.jobs import start_jobs
 from stack.layout import Home, endpoints, home, processes
 from stack.operators import readable
 
+RESULTS = Path(__file__).with_name("results.json")
 TENANT, LEG = Tenant("default"), LegId("email")
 SMTP, SENDGRID = Route("smtp", "main"), Route("sendgrid", "main")
 ZONES = ("Europe/Berlin", "America/New_York", "Asia/Tokyo", "Africa/Lagos", "Australia/Sydney")
@@ -110,7 +111,7 @@ def variables(**values: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_stack(
-    jobs: Sequence[str], taskmanagers: int | None = None, **settings: str
+    jobs: Sequence[str], taskmanagers: int | None = None, parallelism: int = 1, **settings: str
 ) -> Iterator[Home]:
     """A stack in a folder of its own, with these jobs under these settings; gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="fanfare-bench-") as folder, variables(**settings):
@@ -118,7 +119,7 @@ def own_stack(
         try:
             lifecycle.up(where, taskmanagers=taskmanagers)
             if jobs:
-                start_jobs(where, names=tuple(jobs))
+                start_jobs(where, names=tuple(jobs), parallelism=parallelism)
             yield where
         finally:
             lifecycle.down(where)

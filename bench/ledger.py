@@ -74,7 +74,12 @@ async def _settle(ledger: RedisLedger, shards: range, each: int) -> int:
 
 def run() -> dict[str, float]:
     """Measure; {figure: number}."""
-    each = RECIPIENTS // SHARDS
+    return measure(RECIPIENTS, SETTLED)
+
+
+def measure(recipients: int, settled_too: int) -> dict[str, float]:
+    """A run of so many recipients, of whom so many are claimed and settled."""
+    each = recipients // SHARDS
     with (
         tempfile.TemporaryDirectory(prefix="fanfare-bench-") as folder,
         redis_server(Path(folder)) as (url, process),
@@ -91,7 +96,7 @@ def run() -> dict[str, float]:
         runs.publish(client, TENANT, RUN, 1, RunStatus.RUNNING, None, deadline)
         made = used() - before
         cpu, began = sum(process.cpu_times()[:2]), time.perf_counter()
-        done = asyncio.run(_settle(connect_ledger(url), range(SHARDS), SETTLED // SHARDS))
+        done = asyncio.run(_settle(connect_ledger(url), range(SHARDS), settled_too // SHARDS))
         took = time.perf_counter() - began
         spent = sum(process.cpu_times()[:2]) - cpu
         settled = used() - before

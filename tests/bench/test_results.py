@@ -1,0 +1,55 @@
+"""What is made of benchmarks' figures: what moved, and charts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+from bench.charts import draw
+from bench.quick import moved, ratios
+
+FIGURES = {
+    "rendering": {"render, plain Jinja2": 20.0, "render, metered": 10.0},
+    "rules": {"decide: no state": 1_000_000.0},
+    "loop": {"smtp_loop_cpu_us": 100.0, "smtp_per_s": 3_000.0},
+    "clients": {"http.ours.cpu_us": 15.0, "http.pyreqwest.cpu_us": 80.0, "http.ours.per_s": 9.0},
+    "decide": {"taskmanager_cpu_s_per_million": 12.0, "no_caps_kafka_cpu_s_per_million": 3.0},
+    "deliver": {"smtp_taskmanager_cpu_s_per_million": 120.0},
+    "scaling": {
+        "decide_cpu_s_per_million_10k": 30.0,
+        "decide_cpu_s_per_million_1m": 20.0,
+        "ledger_redis_cpu_s_per_million_10k": 9.0,
+    },
+}
+
+
+def test_a_slower_machine_moves_nothing() -> None:
+    """Costs are compared with the yardstick of the same run."""
+    slower = {
+        section: {
+            name: number / 2 if section == "rules" else number * 2 for name, number in found.items()
+        }
+        for section, found in FIGURES.items()
+    }
+    assert moved(ratios(FIGURES), ratios(slower), 0.01) == {}
+
+
+def test_what_became_dearer_or_cheaper_is_said() -> None:
+    """By a cost of its own, or by a rate that is one over a cost."""
+    now = FIGURES | {
+        "loop": {"smtp_loop_cpu_us": 150.0, "smtp_per_s": 1.0},
+        "rules": {"decide: no state": 2_000_000.0},
+    }
+    changes = moved(ratios(FIGURES), ratios(now), 0.25)
+    assert changes == {"loop: smtp_loop_cpu_us": 0.5, "rules: decide: no state": -0.5}
+
+
+def test_charts_are_pictures_and_the_same_each_time(tmp_path: Path) -> None:
+    """One for each section that has figures."""
+    first = draw(FIGURES, tmp_path / "one")
+    again = draw(FIGURES, tmp_path / "two")
+    assert {path.stem for path in first} == {"rendering", "clients", "scaling", "cost"}
+    for one, other in zip(first, again, strict=True):
+        assert ElementTree.parse(one).getroot().tag.endswith("svg")
+        assert one.read_bytes() == other.read_bytes()
+    assert draw({"rules": {}}, tmp_path / "none") == []
