@@ -176,7 +176,7 @@ def run_facts(client: Client, tenant: str, run: str) -> RunFacts:
     parameters = {"tenant": tenant, "run": run}
     rows = asking(
         client,
-        f"SELECT campaign, snapshot, legs, status, at, pending, audience FROM {RUN_EVENTS.name} "  # noqa: S608
+        f"SELECT campaign, snapshot, legs, status, at, pending, audience, open FROM {RUN_EVENTS.name} "  # noqa: S608
         # What names no campaign is in the audit trail, but no word of the run's coordinator.
         f"WHERE {_OF_RUN} AND campaign != '' ORDER BY at DESC, version DESC, event_id DESC",
         parameters,
@@ -190,7 +190,7 @@ def run_facts(client: Client, tenant: str, run: str) -> RunFacts:
         ).result_rows
         shown = ", ".join(row[0] for row in known) or "none yet"
         raise Missing(f"no run {run!r} of tenant {tenant!r} in ClickHouse; the newest are: {shown}")
-    campaign, _, _, status, at, pending, audience = rows[0]
+    campaign, _, _, status, at, pending, audience, opened = rows[0]
     counts = dict(
         asking(
             client,
@@ -203,7 +203,7 @@ def run_facts(client: Client, tenant: str, run: str) -> RunFacts:
         snapshot=next((row[1] for row in rows if row[1]), ""),
         legs=tuple(next((row[2] for row in rows if row[2]), ())),
         shard_counts=tuple(counts.get(shard, 0) for shard in range(256)),
-        coordinator=Coordinator(status, utc(at), int(pending), int(audience)),
+        coordinator=Coordinator(status, utc(at), int(pending), int(audience), int(opened)),
     )
 
 

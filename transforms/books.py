@@ -82,6 +82,8 @@ class Coordinator:
     at: datetime
     pending: int
     audience: int
+    open: int
+    """Recipients of it who are ordered and of whom no outcome is known yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +198,12 @@ def comparable(coordinator: Coordinator, newest_step: datetime, caught_up: bool 
     Its count is of a moment, and it hears of an outcome a little later than the outcome's own
     time. So they must agree when ClickHouse has all that Kafka has, and either the coordinator
     says that nothing is pending (then everything final was in Kafka before), or it counted long
-    after the newest row.
+    after the newest row, or after it when nothing was under way: in a run that is paused.
     """
     if not caught_up:
         return False
-    return coordinator.pending == 0 or newest_step + FOLDING_TIME <= coordinator.at
+    folding = FOLDING_TIME if coordinator.open else timedelta(0)
+    return coordinator.pending == 0 or newest_step + folding <= coordinator.at
 
 
 def check(counts: Counts, coordinator: Coordinator | None, must_agree: bool) -> Verdict:

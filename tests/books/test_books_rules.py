@@ -85,17 +85,20 @@ def test_what_contradicts_is_shown() -> None:
 
 def test_the_coordinator_must_agree_once_it_can() -> None:
     counts = Counts(audience=2, classes={}, pending=2, strangers=0, conflicts=0)
-    other = Coordinator("running", datetime(2026, 1, 1, tzinfo=UTC), pending=1, audience=2)
+    other = Coordinator("running", datetime(2026, 1, 1, tzinfo=UTC), pending=1, audience=2, open=1)
     assert check(counts, other, must_agree=False).balanced
     assert "2 by rows and 1 by the coordinator" in check(counts, other, must_agree=True).errors[0]
 
 
 def test_counts_of_different_moments_are_not_compared() -> None:
     at = datetime(2026, 1, 1, tzinfo=UTC)
-    counted = Coordinator("running", at, pending=1, audience=2)
+    counted = Coordinator("running", at, pending=1, audience=2, open=1)
     assert not comparable(counted, at - timedelta(seconds=59), caught_up=True)
     assert comparable(counted, at - timedelta(seconds=60), caught_up=True)
     assert not comparable(counted, at - timedelta(days=1), caught_up=False)
     assert not comparable(counted, at - timedelta(days=1), caught_up=None)
+    paused = replace(counted, open=0)
+    assert comparable(paused, at, caught_up=True)
+    assert not comparable(paused, at + timedelta(milliseconds=1), caught_up=True)
     done = replace(counted, pending=0)
     assert comparable(done, at + timedelta(days=1), caught_up=True)

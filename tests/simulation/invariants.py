@@ -254,7 +254,9 @@ def at_the_end(world: World, campaigns: Campaigns, delivery: Delivery) -> int:
         counts = books.count(_without_echoes(steps), world.setup.counts, legs)
         verdict = books.check(
             counts,
-            books.Coordinator(state.status.value, world.now, memory.pending, counts.audience),
+            books.Coordinator(
+                state.status.value, world.now, memory.pending, counts.audience, memory.open
+            ),
             True,
         )
         if not verdict.balanced:
