@@ -166,6 +166,9 @@ def utc(moment: datetime) -> datetime:
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
+_FACTS = ("campaign", "snapshot", "legs", "status", "at", "pending", "audience", "open")
+
+
 def run_facts(client: Client, tenant: str, run: str) -> RunFacts:
     """What is known of a run.
 

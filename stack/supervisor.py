@@ -128,6 +128,7 @@ class Supervisor:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stops: dict[str, asyncio.Task[None]] = {}
         self._stopping = asyncio.Event()
+        self._unwritten = False
 
     async def run(self) -> None:
         """Start everything and keep it running until SIGTERM or SIGINT."""
@@ -302,16 +303,23 @@ class Supervisor:
         self._write()
 
     def _write(self) -> None:
-        write_state(
-            self._home,
-            StackState(
-                self._infos, self._ports, self._taskmanagers, self._myself, self._stopping.is_set()
-            ),
+        """Write down how everything is; where that fails (a full disk) it is tried again, and
+        the services are looked after all the same."""
+        state = StackState(
+            self._infos, self._ports, self._taskmanagers, self._myself, self._stopping.is_set()
         )
+        try:
+            write_state(self._home, state)
+            self._unwritten = False
+        except OSError:
+            self._unwritten = True
+            LOGGER.exception("the state of the stack could not be written")
 
     async def _bound_logs(self) -> None:
         while True:
             await asyncio.sleep(LOG_CHECK_INTERVAL.total_seconds())
+            if self._unwritten:
+                self._write()
             for name in self._specs:
                 try:
                     await asyncio.to_thread(bound_log, self._home.log(name), LOG_LIMIT_BYTES)
