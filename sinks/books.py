@@ -179,8 +179,7 @@ def run_facts(client: Client, tenant: str, run: str) -> RunFacts:
     parameters = {"tenant": tenant, "run": run}
     rows = asking(
         client,
-        "SELECT campaign, snapshot, legs, status, at, pending, audience, open "
-        f"FROM {RUN_EVENTS.name} "
+        f"SELECT {', '.join(_FACTS)} FROM {RUN_EVENTS.name} "  # noqa: S608
         # What names no campaign is in the audit trail, but no word of the run's coordinator.
         f"WHERE {_OF_RUN} AND campaign != '' ORDER BY at DESC, version DESC, event_id DESC",
         parameters,

@@ -4,6 +4,7 @@ prerequisites, failure."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import signal
@@ -347,6 +348,45 @@ def test_a_part_that_does_not_start_is_told_with_its_log(
             assert datetime.now(UTC) < deadline, "it was not tried again"
     finally:
         lifecycle.down(where)
+
+
+def test_a_full_disk_keeps_no_server_from_being_started_again(
+    where: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be written down is written down later."""
+    monkeypatch.setattr(supervisor, "LOG_CHECK_INTERVAL", timedelta(milliseconds=50))
+    write_state, full = supervisor.write_state, False
+    lives: set[str] = set()
+
+    def write(to: Home, state: StackState) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_state(to, state)
+
+    monkeypatch.setattr(supervisor, "write_state", write)
+    sleeps = "import pathlib, time; time.sleep(60 if pathlib.Path('again').exists() else 0.3)"
+    spec = ServiceSpec("short", (sys.executable, "-c", sleeps), lives.add, where.root)
+
+    async def two_lives() -> None:
+        nonlocal full
+        keeping = asyncio.create_task(Supervisor(where, (spec,), {}, 0).run())
+        try:
+            async with asyncio.timeout(30):
+                while len(lives) < 1:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                full = True
+                (where.root / "again").touch()
+                while len(lives) < 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                full = False
+                while processes(where)["short"].restarts < 1:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        finally:
+            full = False
+            os.kill(os.getpid(), signal.SIGTERM)
+            await keeping
+
+    asyncio.run(two_lives())
 
 
 def test_a_server_that_answers_no_more_is_started_again(
