@@ -27,6 +27,7 @@ from rich.text import Text
 from schemas.errors import FanfareError, MissingSnapshot
 from schemas.snapshot import Manifest
 from sinks.store import FileStore
+from stack.options import JsonOption
 from stack.profiles import generate as generate_profiles
 
 app = typer.Typer(
@@ -37,7 +38,6 @@ _errors = Console(stderr=True)
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="FANFARE_STORE", help="Folder of snapshots and objects.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line.")]
 DEFAULT_STORE = Path(".fanfare/store")
 
 

@@ -23,6 +23,7 @@ from sinks.clickhouse import connect
 from sinks.ingest_lag import records_behind
 from sinks.store import FileStore
 from sinks.story import Story, read_story
+from stack.options import HomeOption, JsonOption
 from stack.reach import reach, variable
 
 app = typer.Typer(add_completion=False, help="A run's books, and one recipient's story.")
@@ -45,16 +46,14 @@ _FAILED = 2
 def books(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")],
     tenant: Annotated[str, typer.Option("--tenant", help="Whose run it is.")] = "default",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
+    as_json: JsonOption = False,
     recipient: Annotated[
         str | None, typer.Option("--recipient", metavar="ID", help="Tell one recipient's story.")
     ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show again each second until all is settled.")
     ] = False,
-    home: Annotated[
-        Path | None, typer.Option("--home", help="The stack's folder. [default: $FANFARE_HOME]")
-    ] = None,
+    home: HomeOption = None,
 ) -> None:
     """Print the books of a run. Exit status 1 if they do not balance, 2 if they can't be read."""
     try:

@@ -34,6 +34,7 @@ from schemas.records import (
 from schemas.snapshot import PageBody
 from sinks.store import FileStore, Snapshot
 from stack.operators import readable
+from stack.options import HomeOption, JsonOption
 from stack.reach import topic_prefix, variable
 from transforms.campaign_file import parse_campaign, read_moment
 from transforms.examine import misfits, unrenderable
@@ -42,12 +43,7 @@ from transforms.rendering import TemplateSource, compile_template
 app = typer.Typer(no_args_is_help=True, help="Campaigns: launch them and control them.")
 _errors = Console(stderr=True)
 
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", help="The stack's folder. [default: $FANFARE_HOME, else ./.fanfare]"),
-]
 TenantOption = Annotated[str, typer.Option("--tenant", help="Whose campaign it is.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line.")]
 WaitOption = Annotated[
     float, typer.Option("--wait", help="Seconds to wait for the answer; 0: don't wait.")
 ]
@@ -187,7 +183,7 @@ def new_command(
 def launch(
     file: Annotated[Path, typer.Argument(help="The campaign file (YAML).")],
     run: Annotated[
-        str | None, typer.Option(help="The run's name. [default: file and time]")
+        str | None, typer.Option(help="The run's name. (default: file and time)")
     ] = None,
     snapshot: Annotated[
         str | None, typer.Option(help="The audience, where the file names none.")
@@ -382,7 +378,7 @@ def schedule(
 def rate(
     run: RunArgument,
     per_second: Annotated[
-        float | None, typer.Argument(help="Messages a second. [default: no limit of the run's own]")
+        float | None, typer.Argument(help="Messages a second. (default: no limit of the run's own)")
     ] = None,
     tenant: TenantOption = "default",
     note: NoteOption = "",

@@ -34,8 +34,6 @@ from sinks.redis_client import connect as connect_redis
 from stack.operators import (
     REFUSED,
     ByOption,
-    HomeOption,
-    JsonOption,
     NoteOption,
     Servers,
     WaitOption,
@@ -44,6 +42,7 @@ from stack.operators import (
     told,
     write,
 )
+from stack.options import HomeOption, JsonOption
 
 app = typer.Typer(
     no_args_is_help=True, help="Dead letters: what could not be processed, whole, with why."
@@ -57,7 +56,7 @@ ReasonOption = Annotated[
     Reason | None, typer.Option("--reason", metavar="REASON", help="Letters with this reason.")
 ]
 TenantOption = Annotated[
-    str | None, typer.Option("--tenant", help="Letters of this tenant. [default: of all]")
+    str | None, typer.Option("--tenant", help="Letters of this tenant. (default: of all)")
 ]
 
 

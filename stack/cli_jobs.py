@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,18 +13,21 @@ from rich.table import Table
 
 from schemas.errors import InvalidInput
 from stack.layout import home as home_at
+from stack.options import HomeOption, JsonOption
 
 app = typer.Typer(no_args_is_help=True, help="The Flink jobs of the embedded stack.")
-
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", help="The stack's folder. [default: $FANFARE_HOME, else ./.fanfare]"),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line.")]
 
 
 @app.command()
 def start(
+    jobs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[JOB]...",
+            help="campaigns, delivery, webhook-ingest or delivery-critical (campaigns whose lane "
+            "is critical need it). (default: all but delivery-critical)",
+        ),
+    ] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
     forget_state: Annotated[
@@ -40,8 +42,11 @@ def start(
 
     A job that ran here before goes on from its newest checkpoint or savepoint.
     """
-    from stack.jobs import start_jobs
+    from stack.jobs import JOBS, STANDARD, start_jobs
 
+    wrong = [name for name in jobs or () if name not in JOBS]
+    if wrong:
+        raise InvalidInput(f"there is no job {', '.join(wrong)}: expected {', '.join(JOBS)}")
     wide = os.environ.get("FANFARE_PARALLELISM") or "1"
     if not wide.isdigit() or int(wide) < 1:
         raise InvalidInput(f"FANFARE_PARALLELISM={wide}: expected a number from 1")
@@ -51,6 +56,7 @@ def start(
         lambda line: console.print(line, highlight=False, soft_wrap=True),
         forget=forget_state,
         parallelism=int(wide),
+        names=jobs or STANDARD,
     )
     if as_json:
         print(json.dumps(found))

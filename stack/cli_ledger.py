@@ -24,13 +24,12 @@ from sinks.clickhouse import connect
 from sinks.redis_client import connect as connect_redis
 from stack.operators import (
     REFUSED,
-    HomeOption,
-    JsonOption,
     RunArgument,
     TenantOption,
     servers,
     write,
 )
+from stack.options import HomeOption, JsonOption
 from transforms.ledger import LedgerRef
 
 app = typer.Typer(no_args_is_help=True, help="The send ledger of a run.")
@@ -112,7 +111,7 @@ def rebuild(
         ),
     ] = False,
     by: Annotated[
-        str | None, typer.Option("--by", help="Your name, for the audit trail. [default: login]")
+        str | None, typer.Option("--by", help="Your name, for the audit trail. (default: login)")
     ] = None,
     note: Annotated[str, typer.Option("--note", help="Why, for the audit trail.")] = "",
     tenant: TenantOption = "default",

@@ -35,8 +35,6 @@ from sinks.unknowns import (
 from stack.operators import (
     REFUSED,
     ByOption,
-    HomeOption,
-    JsonOption,
     NoteOption,
     RunArgument,
     Servers,
@@ -47,6 +45,7 @@ from stack.operators import (
     told,
     write,
 )
+from stack.options import HomeOption, JsonOption
 
 
 class _ListUnlessNamed(TyperGroup):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,15 +10,11 @@ from rich.console import Console
 
 from schemas.errors import InvalidInput
 from stack.layout import home as home_at
+from stack.options import HomeOption
 
 app = typer.Typer(
     add_completion=False, help="New code into running jobs, in the middle of campaigns."
 )
-
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", help="The stack's folder. [default: $FANFARE_HOME, else ./.fanfare]"),
-]
 
 
 @app.command()

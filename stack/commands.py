@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,17 +16,13 @@ from rich.table import Table
 from stack import lifecycle
 from stack.layout import Home, StackState, State, endpoints, environment, processes
 from stack.layout import home as home_at
+from stack.options import HomeOption, JsonOption
 
 up_app = typer.Typer(add_completion=False)
 down_app = typer.Typer(add_completion=False)
 status_app = typer.Typer(add_completion=False)
 env_app = typer.Typer(add_completion=False)
 
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", help="The stack's folder. [default: $FANFARE_HOME, else ./.fanfare]"),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 COLOURS = {
     State.READY.value: "green",
@@ -50,12 +45,12 @@ def up(
     home: HomeOption = None,
     only: Annotated[
         str,
-        typer.Option(help="Comma-separated services, `flink` for all of Flink's. [default: all]"),
+        typer.Option(help="Comma-separated services, `flink` for all of Flink's. (default: all)"),
     ] = "",
     taskmanagers: Annotated[
         int | None,
         typer.Option(
-            min=1, help=f"One-slot TaskManagers. [default: {lifecycle.DEFAULT_TASKMANAGERS}]"
+            min=1, help=f"One-slot TaskManagers. (default: {lifecycle.DEFAULT_TASKMANAGERS})"
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -29,6 +29,7 @@ from sinks.kafka_client import read_from_end
 from sinks.store import FileStore
 from stack.layout import Home, endpoints
 from stack.layout import home as home_at
+from stack.options import HomeOption
 from stack.simulator.client import Control
 
 app = typer.Typer(add_completion=False, help="A campaign through the whole stack, end to end.")
@@ -43,11 +44,6 @@ _LOOK_EVERY_S = 10.0
 _TELL_EVERY_S = 5.0
 """Where there is no terminal, progress is a line now and then."""
 EXAMPLE = Path(__file__).with_name("example_campaign.yaml")
-
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", help="The stack's folder. [default: $FANFARE_HOME, else ./.fanfare]"),
-]
 
 
 @dataclass(slots=True)

@@ -19,12 +19,7 @@ from sinks.store import FileStore
 from stack.reach import reach, variable
 from transforms.routing import topic_of
 
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", help="The stack's folder. [default: $FANFARE_HOME, else ./.fanfare]"),
-]
 TenantOption = Annotated[str, typer.Option("--tenant", help="Whose run it is.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")]
 ByOption = Annotated[str, typer.Option("--by", help="Your name; kept in the audit trail.")]
 NoteOption = Annotated[str, typer.Option("--note", help="Why; kept in the audit trail.")]

@@ -11,20 +11,17 @@ import typer
 from rich.console import Console
 
 from stack.layout import home as home_at
+from stack.options import HomeOption
 
 app = typer.Typer(add_completion=False, help="Kill everything during campaigns; count the cost.")
 
 SEEDS = 1_000_000
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", help="The stack's folder. [default: $FANFARE_HOME, else ./.fanfare]"),
-]
 
 
 @app.command()
 def chaos(
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Draws the schedule. [default: random]")
+        int | None, typer.Option("--seed", min=0, help="Draws the schedule. (default: random)")
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A short schedule, of a few minutes.")
