@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from schemas.reasons import Reason
+from schemas.reasons import Reason, RunStatus
 from schemas.tables import EXCLUSIVE_KINDS, FINAL_KINDS, StepKind
 
 PENDING = "pending"
@@ -198,11 +198,12 @@ def comparable(coordinator: Coordinator, newest_step: datetime, caught_up: bool 
     Its count is of a moment, and it hears of an outcome a little later than the outcome's own
     time. So they must agree when ClickHouse has all that Kafka has, and either the coordinator
     says that nothing is pending (then everything final was in Kafka before), or it counted long
-    after the newest row, or after it when nothing was under way: in a run that is paused.
+    after the newest row, or after it in a run that is paused and has nothing under way.
     """
     if not caught_up:
         return False
-    folding = FOLDING_TIME if coordinator.open else timedelta(0)
+    still = coordinator.status == RunStatus.PAUSED.value and coordinator.open == 0
+    folding = timedelta(0) if still else FOLDING_TIME
     return coordinator.pending == 0 or newest_step + folding <= coordinator.at
 
 
