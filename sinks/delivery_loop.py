@@ -323,7 +323,9 @@ class DeliveryLoop:
         """Take batches of a stream for as long as it has work."""
         pause_s = _FIRST_PARK_S
         while not self.stopping:
-            batches = stream.next_batches(self._loop.time(), BATCH, ROUND)
+            account = stream.account
+            room = ROUND if account is None else min(ROUND, account.permits.room)
+            batches = stream.next_batches(self._loop.time(), BATCH, room)
             if not batches:
                 if await self._rest(stream):
                     return

@@ -46,6 +46,11 @@ class Permits:
         """Places in use."""
         return self.total - self.free
 
+    @property
+    def room(self) -> int:
+        """How many places the next taker may hope for: the free ones, or else a quantum."""
+        return max(self.free, self._quantum)
+
     async def take(self, wanted: int) -> int:
         """Wait until places are free, then take up to ``wanted``; says how many: at least one."""
         least = min(wanted, self._quantum)

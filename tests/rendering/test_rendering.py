@@ -196,11 +196,19 @@ def test_the_clock_stops_what_counting_would_allow() -> None:
     ticks = iter(range(1000))
     compiled = compile_template(
         TemplateSource("s", None, "{% for x in range(900) %}{% endfor %}"),
-        Limits(wall=timedelta(seconds=50)),
+        Limits(wall=timedelta(seconds=5)),
     )
     assert render(compiled, {}).text == ""
-    with pytest.raises(RenderingFailed, match="takes longer than 50000 ms"):
+    with pytest.raises(RenderingFailed, match="takes longer than 5000 ms"):
         render(compiled, {}, clock=lambda: float(next(ticks)))
+    assert next(ticks) < 20
+
+
+def test_a_short_rendering_never_reads_the_clock() -> None:
+    looks: list[float] = []
+    compiled = compile_template(TemplateSource("s", None, "{% for x in range(20) %}{% endfor %}"))
+    assert render(compiled, {}, clock=lambda: looks.append(0.0) or 0.0).text == ""
+    assert not looks
 
 
 def test_each_limit_can_be_reached_and_not_passed() -> None:
