@@ -63,7 +63,7 @@ from transforms.ledger import (
 
 PEOPLE = 40_000
 LATENCY_MS = 50
-IN_FLIGHT = {"smtp": 64, "http": 512}
+IN_FLIGHT = {"smtp": 128, "http": 512}
 
 
 @dataclass(frozen=True, slots=True)

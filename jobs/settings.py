@@ -88,7 +88,7 @@ class DeliverySettings(JobSettings):
     """Empty: no SendGrid route."""
     sendgrid_per_second: float | None = None
     sendgrid_per_minute: float | None = None
-    sendgrid_in_flight: int = Field(default=256, ge=1)
+    sendgrid_in_flight: int = Field(default=512, ge=1)
     smtp: str = ""
     """``host:port`` of the SMTP relay; empty: no SMTP route."""
     smtp_hostname: str = "localhost"
@@ -98,7 +98,9 @@ class DeliverySettings(JobSettings):
     smtp_password: SecretStr = SecretStr("")
     smtp_per_second: float | None = None
     smtp_per_minute: float | None = None
-    smtp_in_flight: int = Field(default=64, ge=1)
+    smtp_connections: int = Field(default=64, ge=1)
+    smtp_in_flight: int = Field(default=128, ge=1)
+    """More than connections, so that some are claimed and settled while others are sent."""
     critical_reserve: float = Field(default=0.1, ge=0, lt=1)
     """The share of each account's burst that the critical lane alone may take."""
     allow_private: bool = False
@@ -144,7 +146,7 @@ class DeliverySettings(JobSettings):
                         self.smtp_hostname,
                         self.smtp_security,
                         (self.smtp_user, self.smtp_password.get_secret_value()),
-                        self.smtp_in_flight,
+                        self.smtp_connections,
                         self.allow_private,
                     ),
                 )

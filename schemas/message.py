@@ -7,11 +7,11 @@ address and a rendered body. What is kept of them is the send id and the verdict
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
@@ -38,8 +38,7 @@ class Verdict(Enum):
     """The request left and no usable answer came: it may have been accepted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """The outcome of one attempt.
 
     `reason` is a stable kebab-case word for counters, `detail` a line for people: at most 200
@@ -64,8 +63,7 @@ class Sender:
     reply_to: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(NamedTuple):
     """A rendered message. At least one of `html` and `text` is present."""
 
     subject: str
@@ -73,8 +71,7 @@ class Content:
     text: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """What a provider adapter needs to make exactly one attempt.
 
     `send_id` is the derived UUID in its usual text form; the same recipient of the same leg
@@ -92,7 +89,7 @@ class Message:
     sender: Sender
     content: Content
     unsubscribe_url: str | None = None
-    headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
+    headers: Mapping[str, str] = _NO_HEADERS
     reference: str = ""
 
 

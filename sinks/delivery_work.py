@@ -57,7 +57,7 @@ class Key:
     under_way: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Completion:
     """One recipient's outcome, in the ledger and not yet emitted."""
 

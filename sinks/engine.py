@@ -7,6 +7,7 @@ loop does with a send is ``sinks.delivery_loop``'s.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 from collections import deque
@@ -27,6 +28,8 @@ from transforms.metrics import DELIVERY
 
 log = logging.getLogger(__name__)
 
+_YOUNG_OBJECTS = 20_000
+"""Objects between two looks for cycles: of 700, as usual, most looks find messages in flight."""
 _GRACE_S = 10.0
 """How much longer than the loop's own limit its thread is waited for."""
 
@@ -140,6 +143,7 @@ class DeliveryEngine:
             raise RuntimeError("delivery's loop ended") from self._failure
 
     def _main(self) -> None:
+        gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 self._event_loop = runner.get_loop()

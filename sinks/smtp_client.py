@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
+from typing import NamedTuple
 
 from schemas.errors import InvalidInput, Unavailable
 from sinks.connections import Endpoint, InDoubt, NotSent, Pool, Wire
@@ -30,8 +31,7 @@ class SmtpTls(Enum):
     IMPLICIT = "implicit"
 
 
-@dataclass(frozen=True, slots=True)
-class SmtpReply:
+class SmtpReply(NamedTuple):
     """A reply: its code, enhanced status code (RFC 3463) if there is one, and text."""
 
     code: int
@@ -39,8 +39,7 @@ class SmtpReply:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class SmtpOutcome:
+class SmtpOutcome(NamedTuple):
     """The reply that decided: of the dot if everything went well, else of the step refused.
 
     `step` is one of `connect`, `auth`, `mail`, `rcpt`, `data`, `end`.
@@ -67,8 +66,7 @@ class Extensions:
     auth: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """One message to one recipient; `data` is dot-stuffed and ends in CRLF, without the dot."""
 
     mail_from: str

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
+from typing import NamedTuple
 
 from schemas.message import Answer, Verdict
 from schemas.reasons import Lane, Outcome, Reason, RunStatus
@@ -52,8 +53,7 @@ class RetryPolicy:
         return whole * (0.5 + draw / 2)
 
 
-@dataclass(frozen=True, slots=True)
-class Tries:
+class Tries(NamedTuple):
     """How often one message was refused: on its present route, and in all."""
 
     route: int = 0
@@ -61,8 +61,7 @@ class Tries:
     total: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Next:
+class Next(NamedTuple):
     """What follows from an answer.
 
     ``action`` is told to the ledger; only when that succeeded, ``outcome`` is emitted, or, where
@@ -110,8 +109,7 @@ def after_grant(
     return Turn.ASK if now >= min(valid_until, deadline) else Turn.WAIT
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(NamedTuple):
     """The ledger has it, so the books may be told.
 
     ``generation`` is that of the refusal that stands; None is the send's own.
@@ -123,8 +121,7 @@ class Told:
     generation: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Again:
+class Again(NamedTuple):
     """Nothing is known to the books: ask for a claim again after ``wait``, with ``tries``."""
 
     wait: timedelta

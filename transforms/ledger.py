@@ -87,7 +87,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from hashlib import blake2b
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from schemas.errors import Corrupt, Fenced, LedgerRolledBack, MissingLedger
 from schemas.ids import LegId, RunId, Tenant
@@ -189,8 +189,7 @@ class Closed:
 Matter = Claim | Held | Closed
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """One recipient that a request is to leave for. Times are epoch milliseconds, exclusive."""
 
     ordinal: int
@@ -216,8 +215,7 @@ class VerdictKind(Enum):
     WAIT = "wait"
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The answer for one recipient; ``matter`` is what stands for CLOSED, HELD and WAIT."""
 
     kind: VerdictKind
@@ -264,8 +262,7 @@ class Action(Enum):
     """In doubt, and to be tried again with the same ids: the critical lane alone may."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """One recipient's request and its end; outcome and reason only for ``CLOSE``."""
 
     ordinal: int
@@ -285,8 +282,7 @@ class SettledKind(Enum):
     STANDS = "stands"
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """The answer for one recipient; ``matter`` is what stands for STANDS."""
 
     kind: SettledKind

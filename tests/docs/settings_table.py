@@ -47,7 +47,9 @@ MEANINGS = {
     "smtp_password": "The relay's password.",
     "smtp_per_second": "The relay's limit, for all processes together; not set: none.",
     "smtp_per_minute": "Likewise.",
-    "smtp_in_flight": "Sessions at once, of each subtask.",
+    "smtp_connections": "Sessions at once, of each subtask.",
+    "smtp_in_flight": "Messages claimed and not yet settled at once, of each subtask: a kill "
+    "leaves so many unknown at most.",
     "unsubscribe_secret": "What unsubscribe links are signed with, 16 bytes or more, the same in "
     "delivery and receiver; empty: no links.",
     "flush_after": "Rows wait at most so long for a batch.",

@@ -128,7 +128,7 @@ def timeout_as_refusal(plant: pytest.MonkeyPatch) -> None:
 
     def hopeful(self: Process, request: Request, answer: Answer) -> None:
         if answer.verdict is AnswerVerdict.IN_DOUBT:
-            answer = replace(answer, verdict=AnswerVerdict.RETRYABLE)
+            answer = answer._replace(verdict=AnswerVerdict.RETRYABLE)
         answered(self, request, answer)
 
     plant.setattr(Process, "answered", hopeful)
@@ -140,7 +140,7 @@ def refusal_without_trace(plant: pytest.MonkeyPatch) -> None:
 
     def settling(found: Entry, asked: Settlement, *rest: Any) -> tuple[Settled, Entry]:
         if asked.action is Action.CLOSE:
-            asked = replace(asked, action=Action.RELEASE)
+            asked = asked._replace(action=Action.RELEASE)
         return settle(found, asked, *rest)
 
     plant.setattr(ledger, "settle", settling)
