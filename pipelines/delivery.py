@@ -64,9 +64,9 @@ class DeliveryParts:
     dead_letter_window: int
 
 
-_BEAT_MS = 200
+_BEAT_MS = 500
 """Outcomes of a page gather for so long: a record of many is far cheaper than many records."""
-_PARKED_BEAT_MS = 500
+_PARKED_BEAT_MS = 1000
 
 
 class DeliveryOperator(KeyedProcessFunction):  # type: ignore[misc]

@@ -54,7 +54,7 @@ logger.python.level = WARN
 """
 """The client's log goes to a file: its output is for the job script's own words."""
 
-HEARTBEAT_INTERVAL = timedelta(seconds=2)
+HEARTBEAT_INTERVAL = timedelta(seconds=1)
 HEARTBEAT_TIMEOUT = timedelta(seconds=6)
 ZOOKEEPER_SESSION_TIMEOUT = timedelta(seconds=6)
 RESTART_DELAY = timedelta(milliseconds=500)
