@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fastavro
+import fastavro.utils
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
 from schemas import records, state
@@ -35,6 +36,7 @@ HEADER_BYTES = 10
 _FOLDER = Path(__file__).parent / "avro"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
+_SAMPLES = 8
 
 
 def to_millis(moment: datetime) -> int:
@@ -116,11 +118,13 @@ class _Schemas:
 
     def __init__(self, folder: Path) -> None:
         self.current: dict[str, Any] = {}
+        self.layouts: dict[str, Any] = {}
         self.header: dict[str, bytes] = {}
         self.writers: dict[bytes, tuple[str, Any]] = {}
         for path in sorted(folder.glob("*.avsc")):
             name, parsed, mark = _load(path)
             self.current[name] = parsed
+            self.layouts[mark.hex()] = json.loads(path.read_text())
             self.header[name] = MARKER + mark
             self.writers[mark] = (name, parsed)
         for path in sorted((folder / "old").glob("*.avsc")):
@@ -231,6 +235,41 @@ def header_of(record: type) -> bytes:
 def schema_of(record: type) -> Any:
     """The current parsed Avro schema of a record class."""
     return _SCHEMAS.current[record.__name__]
+
+
+def layouts() -> Mapping[str, Any]:
+    """What this version writes: schemas as they stand on disk, by fingerprint in hexadecimal."""
+    return _SCHEMAS.layouts
+
+
+def why_unreadable(mark: str, schema: Any) -> str | None:
+    """What keeps this version from reading a layout that another one wrote; None: nothing does.
+
+    Generated records of the layout are read, so that a schema which is known and does not resolve
+    (a new field without a default, a changed type) is found before any data meets it.
+    """
+    name = str(schema["name"]).rpartition(".")[2]
+    known = _SCHEMAS.writers.get(bytes.fromhex(mark))
+    if known is None:
+        return (
+            f"a {name} of the layout {mark} has no schema here: keep every schema that was ever "
+            "written, in schemas/avro/old"
+        )
+    if name not in _SCHEMAS.current:
+        return f"there is no {name} any more, of which the layout {mark} was written"
+    writer, reader = known[1], _SCHEMAS.current[name]
+    try:
+        for one in fastavro.utils.generate_many(writer, _SAMPLES):
+            buffer = io.BytesIO()
+            fastavro.schemaless_writer(buffer, writer, one)
+            buffer.seek(0)
+            fastavro.schemaless_reader(buffer, writer, reader)
+    except Exception as error:  # fastavro's differ by what does not resolve
+        return (
+            f"a {name} of the layout {mark} does not read as today's: {error}: give added fields "
+            "a default, and leave types as they are"
+        )
+    return None
 
 
 def record_classes() -> tuple[type, ...]:

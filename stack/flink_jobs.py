@@ -175,6 +175,16 @@ def wait_running(home: Home, job_id: str, timeout: timedelta = timedelta(seconds
         time.sleep(0.1)
 
 
+def wait_checkpoint(home: Home, job_id: str, timeout: timedelta = timedelta(seconds=60)) -> None:
+    """Wait for a job's first checkpoint. Raises StackFailed with Flink's reason for none."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not (found := checkpoints(home, job_id)).completed:
+        if time.monotonic() > deadline:
+            why = last_failure(home, job_id) or found.failing or "it is not said why"
+            raise StackFailed(f"job {job_id} has made no checkpoint after {timeout}: {why}")
+        time.sleep(0.1)
+
+
 def last_failure(home: Home, job_id: str) -> str:
     """The latest root exception of a job; empty when it had none."""
     entries = rest(home, "GET", f"/jobs/{job_id}/exceptions")["exceptionHistory"]["entries"]

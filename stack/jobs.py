@@ -24,6 +24,7 @@ from stack.flink_jobs import (
     wait_running,
 )
 from stack.layout import PROJECT_ROOT, Home, endpoints, replace_file
+from stack.layouts import note_layouts, require_readable
 from stack.topics import create_topics
 
 
@@ -235,6 +236,8 @@ def start_jobs(
         if job.name in listed:
             remember_running(home, name, listed[job.name])
     # All of them before any is submitted: what can't go on is told while nothing has changed.
+    if missing and not forget:
+        require_readable(home)
     states = {name: None if forget else state_to_go_on_from(home, name) for name in missing}
     notes = remembered(home)
 
@@ -250,4 +253,6 @@ def start_jobs(
     # Each submission is a JVM and an interpreter that wait for one another: together they overlap.
     with ThreadPoolExecutor(max_workers=len(JOBS)) as pool:
         started = dict(pool.map(start, missing))
+    if missing:
+        note_layouts(home)
     return {name: started.get(name) or listed[JOBS[name].name] for name in names}

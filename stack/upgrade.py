@@ -14,9 +14,27 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 from schemas.errors import StackFailed
-from stack.flink_jobs import running_jobs, stop_with_savepoint, submit, wait_running
-from stack.jobs import JOBS, JobNote, broken_off_upgrade, remember, remember_running, remembered
+from stack.flink_jobs import (
+    cancel,
+    checkpoints,
+    running_jobs,
+    stop_with_savepoint,
+    submit,
+    tasks_running,
+    wait_checkpoint,
+    wait_running,
+)
+from stack.jobs import (
+    JOBS,
+    JobNote,
+    broken_off_upgrade,
+    remember,
+    remember_running,
+    remembered,
+    state_to_go_on_from,
+)
 from stack.layout import Home, processes, replace_file
+from stack.layouts import note_layouts, require_readable
 from stack.process import end
 
 Progress = Callable[[str], None]
@@ -32,9 +50,11 @@ def upgrade(
     Returns the new Flink job ids.
 
     Raises:
-        StackFailed: a job was not stopped, or its new code was not accepted (an incompatible
-            layout, an error at start). Savepoints are kept; calling again goes on from them.
+        StackFailed: this version can't read what is in the state (nothing is stopped then), a job
+            was not stopped, or its new code was not accepted or made no checkpoint. Savepoints are
+            kept; calling again goes on from them.
     """
+    require_readable(home)
     stopped = _stop(home, progress)
     if not stopped:
         raise StackFailed("no job runs, and no upgrade was broken off: `fanfare jobs start`")
@@ -42,28 +62,42 @@ def upgrade(
     wanted = parallelism or {}
     notes = remembered(home)
 
-    def resume(name: str) -> tuple[str, str]:
+    def resume(name: str) -> str | StackFailed:
+        try:
+            return go_on(name)
+        except StackFailed as error:
+            return error
+
+    def go_on(name: str) -> str:
         job = JOBS[name]
         wide = wanted.get(name) or (notes[name].parallelism if name in notes else None) or 1
         state = stopped[name]
         job_id = submit(home, job.script, parallelism=wide, savepoint=state, env=job.variables)
         remember(home, name, JobNote(job_id, state, wide))
         wait_running(home, job_id)
+        wait_checkpoint(home, job_id)  # until then its savepoint is all that there is
         progress(f"job {name} goes on")
-        return name, job_id
+        return job_id
 
-    running = {job.name: job.id for job in running_jobs(home)}
-    done = {name: running[JOBS[name].name] for name in stopped if JOBS[name].name in running}
-    try:
-        with ThreadPoolExecutor(max_workers=len(stopped)) as pool:
-            done |= dict(pool.map(resume, [name for name in stopped if name not in done]))
-    except StackFailed as error:
+    with ThreadPoolExecutor(max_workers=len(stopped)) as pool:
+        found = dict(zip(stopped, pool.map(resume, stopped), strict=True))
+    done = {name: job_id for name, job_id in found.items() if isinstance(job_id, str)}
+    left = {name: state for name, state in stopped.items() if name not in done}
+    if done:
+        note_layouts(home)
+    if left:
+        _note(home, left)
+        reasons = "\n".join(str(found[name]) for name in left)
         raise StackFailed(
-            f"{error}\nThe savepoints are kept ({broken_off_upgrade(home)}). Mend the code and "
+            f"{reasons}\nThe savepoints are kept ({broken_off_upgrade(home)}). Mend the code and "
             "call `fanfare upgrade` again: every run goes on where it was"
-        ) from error
+        )
     broken_off_upgrade(home).unlink()
     return done
+
+
+def _note(home: Home, stopped: Mapping[str, str]) -> None:
+    replace_file(broken_off_upgrade(home), json.dumps(stopped))
 
 
 def _stop(home: Home, progress: Progress) -> dict[str, str]:
@@ -71,14 +105,35 @@ def _stop(home: Home, progress: Progress) -> dict[str, str]:
     notes = broken_off_upgrade(home)
     stopped: dict[str, str] = json.loads(notes.read_text()) if notes.exists() else {}
     running = {job.name: job.id for job in running_jobs(home)}
+    for name in tuple(stopped):
+        # Submitted by an upgrade that was broken off: it counts once it has a checkpoint.
+        job_id = running.get(JOBS[name].name)
+        if job_id is None:
+            continue
+        if checkpoints(home, job_id).completed:
+            del stopped[name]
+        else:
+            cancel(home, job_id)
+            del running[JOBS[name].name]
 
     for name, job in JOBS.items():
         if job.name in running:
             remember_running(home, name, running[job.name])
 
     def stop(name: str) -> None:
-        stopped[name] = stop_with_savepoint(home, running[JOBS[name].name])
-        replace_file(notes, json.dumps(stopped))
+        job_id = running[JOBS[name].name]
+        try:
+            stopped[name] = stop_with_savepoint(home, job_id)
+        except StackFailed:
+            if tasks_running(home, job_id):
+                raise
+            # It fails over and over, and the new code may be what mends it.
+            cancel(home, job_id)
+            state = state_to_go_on_from(home, name)
+            if state is None:
+                raise
+            stopped[name] = state
+        _note(home, stopped)
         progress(f"job {name} is stopped, its state is in {stopped[name]}")
 
     # Delivery last: what the others still emit is taken in before it stops.

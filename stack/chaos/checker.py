@@ -145,9 +145,10 @@ class _Lane:
         last = _last_outcome(told)
         self._times += [one.at_ms for one in taken]
         for again in taken[1:]:
-            self._add("duplicates", again.at_ms)
+            moment = self._cause(taken[0].at_ms, again.at_ms)
+            self._add("duplicates", moment)
             if not any(one.flagged for one in told):
-                self._add("unflagged", again.at_ms)
+                self._add("unflagged", moment)
         doubts = [one.at_ms for one in told if one.outcome is Outcome.UNKNOWN]
         if doubts or entry is Entry.HELD or book == "unknown":
             # A process's death is told of once its successor looks, before sends flow again.
@@ -176,6 +177,16 @@ class _Lane:
         self._counts[what] += 1
         number = bisect_right(self._starts, at_ms) - 1 if at_ms is not None else -1
         (self._by_fault[number] if number >= 0 else self._before)[what] += 1
+
+    def _cause(self, first_ms: int, again_ms: int) -> int:
+        """When that began for which a message came again: the first fault that can be its reason.
+
+        It was not over at the first coming and had begun by the second; another may lie between.
+        """
+        for struck in self._faults:
+            if struck.ended_ms >= first_ms and struck.at_ms <= again_ms:
+                return struck.at_ms
+        return again_ms
 
     def verdict(self) -> LaneVerdict:
         """The sums."""

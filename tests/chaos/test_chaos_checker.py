@@ -133,12 +133,26 @@ def test_a_message_that_failed_is_not_lost_but_counted() -> None:
     assert found.sound
 
 
-def test_a_duplicate_is_laid_to_the_fault_before_its_second_coming() -> None:
+@pytest.mark.parametrize(
+    ("number", "again_ms", "by_fault"),
+    [(3, 4_500, [0, 0]), (3, 6_500, [1, 0]), (3, 12_500, [1, 0]), (11, 12_500, [1, 0]),
+     (12, 12_500, [0, 1])],
+)  # fmt: skip
+def test_a_duplicate_is_laid_to_the_first_fault_that_can_be_its_reason(
+    number: int, again_ms: int, by_fault: list[int]
+) -> None:
     evidence = sound()
-    again = replace(evidence, provider=(*evidence.provider, accepted(owed(3), 12_500)))
+    evidence = replace(
+        evidence,
+        provider=tuple(
+            replace(one, at_ms=1_000 * number) if one.send_id == owed(3).send_id else one
+            for one in evidence.provider
+        ),
+    )
+    again = replace(evidence, provider=(*evidence.provider, accepted(owed(3), again_ms)))
     found = judged(again)
     assert found.promotional.duplicates == 1
-    assert [cost.duplicates for cost in found.promotional.by_fault] == [0, 1]
+    assert [cost.duplicates for cost in found.promotional.by_fault] == by_fault
     assert not found.sound
 
 

@@ -19,7 +19,8 @@ import pytest
 
 from schemas.reasons import RunStatus
 from stack import lifecycle
-from stack.flink_jobs import parallelism_of
+from stack.flink_jobs import parallelism_of, running_jobs
+from stack.jobs import JOBS
 from stack.layout import PROJECT_ROOT, home
 from stack.supervisor import leftovers
 from tests.e2e.world import World
@@ -77,7 +78,7 @@ def fanfare(project: Path, tmp_path: Path) -> Iterator[Command]:
     """Types a command of the copy, of a stack of its own; no process of it remains."""
     where = tmp_path / "home"
 
-    def typed(*words: str) -> str:
+    def typed(*words: str, status: int = 0) -> str:
         # The copy is found before the project that is installed, by every process.
         done = subprocess.run(
             [sys.executable, "-c", "from stack.cli import main; main()", *words],
@@ -88,8 +89,9 @@ def fanfare(project: Path, tmp_path: Path) -> Iterator[Command]:
             timeout=240,
             check=False,
         )
-        assert done.returncode == 0, f"fanfare {' '.join(words)}: {done.stdout}{done.stderr}"
-        return done.stdout
+        told = done.stdout + done.stderr
+        assert done.returncode == status, f"fanfare {' '.join(words)}: {told}"
+        return told if status else done.stdout
 
     yield typed
     lifecycle.down(home(where))
@@ -111,6 +113,39 @@ def test_campaigns_go_on_in_a_new_layout_and_wider(
         world.close()
 
 
+def check_refused(world: World, project: Path, fanfare: Command, run: str) -> None:
+    """A layout that does not read what is there: said before anything is stopped."""
+    path = project / "schemas" / "avro" / "RunState.avsc"
+    sound = path.read_text()
+    schema = json.loads(sound)
+    schema["fields"].append({"name": "added_later", "type": "string"})
+    path.write_text(json.dumps(schema))
+    old = path.parent / "old" / "RunState-before.avsc"
+    before = {job.name: job.id for job in running_jobs(world.home)}
+    assert "has no schema here" in fanfare("upgrade", status=1)
+    old.write_text(sound)
+    said = fanfare("upgrade", status=1)
+    assert "a RunState of the layout" in said and "added_later" in said
+    assert "Nothing was stopped" in said
+    assert {job.name: job.id for job in running_jobs(world.home)} == before
+    count = world.stats(run)["unique"]
+    world.wait_accepted(run, count + 20)
+    path.write_text(sound)
+    old.unlink()
+
+
+def check_broken_off(world: World, project: Path, fanfare: Command) -> None:
+    """New code that does not start: its job's savepoint is kept, and the others go on."""
+    path = project / "jobs" / "campaigns.py"
+    sound = path.read_text()
+    path.write_text("raise SystemExit('not finished')\n")
+    said = fanfare("upgrade", status=1)
+    assert "The savepoints are kept" in said and "not finished" in said
+    assert JOBS["campaigns"].name not in {job.name for job in running_jobs(world.home)}
+    assert JOBS["delivery"].name in {job.name for job in running_jobs(world.home)}
+    path.write_text(sound)
+
+
 def check_upgraded(world: World, project: Path, fanfare: Command) -> None:
     crowd, other = world.crowd(4_000), world.crowd(1_000)
     run, category = world.run_name("upgraded"), world.run_name("category")
@@ -122,7 +157,9 @@ def check_upgraded(world: World, project: Path, fanfare: Command) -> None:
     assert world.control("pause", paused).accepted
     assert all(one.note != MARK for one in world.events())
 
+    check_refused(world, project, fanfare, run)
     give_a_new_layout(project)
+    check_broken_off(world, project, fanfare)
     widths = [f"--parallelism={name}={wide}" for name, wide in WIDER.items()]
     ids = json.loads(fanfare("upgrade", "--json", *widths))
     assert {name: parallelism_of(world.home, ids[name]) for name in WIDER} == WIDER
