@@ -145,10 +145,10 @@ class _Lane:
         last = _last_outcome(told)
         self._times += [one.at_ms for one in taken]
         for again in taken[1:]:
-            moment = self._cause(taken[0].at_ms, again.at_ms)
-            self._add("duplicates", moment)
+            cause = self._cause(taken[0].at_ms, again.at_ms)
+            self._add("duplicates", cause)
             if not any(one.flagged for one in told):
-                self._add("unflagged", moment)
+                self._add("unflagged", cause)
         doubts = [one.at_ms for one in told if one.outcome is Outcome.UNKNOWN]
         if doubts or entry is Entry.HELD or book == "unknown":
             # A process's death is told of once its successor looks, before sends flow again.

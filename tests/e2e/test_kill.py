@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
+from stack.flink_jobs import last_failure
+from stack.layout import processes
 from tests.e2e.producer import now_ms
 from tests.e2e.world import LONG, Crowd, One, World
 from tests.stack_fixture import eventually, wait_restarted
@@ -16,7 +18,9 @@ PEOPLE = 4_000
 RATE = 400.0
 """Messages a second: the campaign spans several checkpoints, which are two seconds apart."""
 LATENCY_MS = 400.0
-IN_FLIGHT = 256
+STOPPED_S = 8.0
+"""Longer than delivery waits for one answer of Redis."""
+IN_FLIGHT = 512
 """What delivery lets be in flight at the account at most (``sendgrid_in_flight``)."""
 
 
@@ -102,3 +106,30 @@ def test_the_campaigns_job_is_killed_in_mid_campaign(world: World) -> None:
     assert found["unknown"] == found["failed"] == found["expired"] == found["cancelled"] == 0
     assert set(world.accepted(run)) == {one.message(run) for one in wanted(crowd)}
     eventually(lambda: world.jobs.all_run(), LONG, "all jobs run again")
+
+
+def test_redis_is_stopped_and_goes_on_in_mid_campaign(world: World) -> None:
+    """Answers are lost on both sides of it: claims and settlements are repeated, no request is."""
+    crowd = world.crowd(PEOPLE)
+    run = world.run_name("redis-stopped")
+    pid = processes(world.home)["redis"].pid
+    assert pid is not None
+    failures = {name: last_failure(world.home, job) for name, job in world.jobs.ids.items()}
+    with world.provider(sendgrid={"latency": {"kind": "fixed", "ms": LATENCY_MS}}):
+        assert world.launch(run, crowd.name, rate_per_second=RATE).accepted
+        world.wait_accepted(run, len(wanted(crowd)) // 3)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            stopped_ms = now_ms()
+            time.sleep(STOPPED_S)
+            # What was granted before it stopped has left by then; nothing leaves without a grant.
+            assert world.starts_after(run, stopped_ms + 1_000) == 0
+            assert world.stats(run)["unique"] < len(wanted(crowd)), "it is stopped in the middle"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        world.wait_status(run, timeout=LONG)
+    found = world.check_balanced(run, crowd).as_json()
+    assert found["unknown"] == found["failed"] == found["expired"] == found["cancelled"] == 0
+    assert set(world.accepted(run)) == {one.message(run) for one in wanted(crowd)}
+    assert world.stats(run)["duplicates"] == 0
+    assert {name: last_failure(world.home, job) for name, job in world.jobs.ids.items()} == failures
