@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,6 +123,11 @@ def own_stack(
             if jobs:
                 start_jobs(where, names=tuple(jobs), parallelism=parallelism)
             yield where
+        except BaseException:
+            kept = Path(tempfile.mkdtemp(prefix="fanfare-bench-logs-"))
+            shutil.copytree(where.logs, kept, dirs_exist_ok=True)
+            print(f"the stack's logs are kept in {kept}", file=sys.stderr)
+            raise
         finally:
             lifecycle.down(where)
 

@@ -30,6 +30,8 @@ from transforms.ledger import Ask, LedgerRef, Moved, Owner, recipient_key, scope
 RECIPIENTS = int(os.environ.get("FANFARE_BENCH_LEDGER", "10000000"))
 SETTLED = int(os.environ.get("FANFARE_BENCH_LEDGER_SETTLED", "1000000"))
 """How many of them go through the scripts; bits are made for all when a run is launched."""
+_WRITERS = 16
+"""Ledgers that are written at once: as many as delivery has connections to Redis."""
 TENANT, RUN, LEG = Tenant("acme"), RunId("bench"), LegId("email")
 
 
@@ -67,7 +69,13 @@ async def _settle(ledger: RedisLedger, shards: range, each: int) -> int:
     for key in sorted({delivery_key(shard) for shard in shards}):
         epoch = await ledger.acquire_epoch(Lane.PROMOTIONAL, key)
         owners[key] = Owner(Lane.PROMOTIONAL, key, epoch)
-    await asyncio.gather(*map(shard_of, shards))
+    left = iter(shards)
+
+    async def writer() -> None:
+        for shard in left:
+            await shard_of(shard)
+
+    await asyncio.gather(*(writer() for _ in range(_WRITERS)))
     await ledger.close()
     return done
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -153,6 +154,9 @@ def _checkpoints(where: Home, snapshot: str) -> dict[str, float]:
     found["checkpoint_p50_ms"] = statistics.median(durations)
     found["checkpoints_complete_share"] = completed / max(1, completed + failed)
     found["checkpoints"] = completed
+    for name, job in jobs.items():
+        if _restarts(where, job) > restarts[name]:
+            print(f"{name} failed over: {flink_jobs.last_failure(where, job)}", file=sys.stderr)
     found["failovers"] = sum(_restarts(where, job) - restarts[name] for name, job in jobs.items())
     found["load_minutes"] = took / 60
     return found
