@@ -185,10 +185,19 @@ def wait_checkpoint(home: Home, job_id: str, timeout: timedelta = timedelta(seco
         time.sleep(0.1)
 
 
+def failures(home: Home, job_id: str) -> list[tuple[datetime, str]]:
+    """When and why a job failed, the newest first; Flink keeps the last sixteen."""
+    entries = rest(home, "GET", f"/jobs/{job_id}/exceptions")["exceptionHistory"]["entries"]
+    return [
+        (datetime.fromtimestamp(one["timestamp"] / 1000, UTC), str(one["stacktrace"]))
+        for one in entries
+    ]
+
+
 def last_failure(home: Home, job_id: str) -> str:
     """The latest root exception of a job; empty when it had none."""
-    entries = rest(home, "GET", f"/jobs/{job_id}/exceptions")["exceptionHistory"]["entries"]
-    return str(entries[0]["stacktrace"]) if entries else ""
+    found = failures(home, job_id)
+    return found[0][1] if found else ""
 
 
 def wait_ended(home: Home, job_id: str, timeout: timedelta = timedelta(seconds=60)) -> str:
