@@ -265,9 +265,12 @@ class _Spill(beam.DoFn):  # type: ignore[misc]
         )
         shards = shards_of(self._job.tenant, profiles.recipient_ids)
         write_spill(path, profiles, shards, select(segment, profiles))
+        positions = rejects.positions.tolist()
         refused = [
-            Rejected(int(batch.rows[position]), reason, batch.raw(position))
-            for position, reason in zip(rejects.positions.tolist(), rejects.reasons, strict=True)
+            Rejected(int(batch.rows[position]), reason, raw)
+            for position, reason, raw in zip(
+                positions, rejects.reasons, batch.raw(positions), strict=True
+            )
         ]
         return sorted([*batch.rejected, *refused], key=lambda one: one.row)
 

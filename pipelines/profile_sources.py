@@ -30,7 +30,7 @@ from schemas.profile import KNOWN_COLUMNS, MAX_ATTRIBUTES, RECIPIENT_ID, RejectR
 from transforms.profile import attribute_type, known_type
 
 CHUNK_BYTES = 6 << 20
-BATCH_ROWS = 1 << 15
+BATCH_ROWS = 1 << 16
 MAX_RAW = 2000
 """Characters of a rejected row that are kept."""
 MAX_LINE_BYTES = 16 << 20
@@ -50,7 +50,7 @@ class Split:
     key: str
     """Sorts splits as their sources were given."""
     columns: tuple[str, ...]
-    row_group: int | None
+    row_groups: tuple[int, ...] | None
     """None for CSV."""
     first_row: int
     """Row number of the first row."""
@@ -74,10 +74,13 @@ class Batch:
     """Row number of each row."""
     rejected: list[Rejected]
 
-    def raw(self, position: int) -> str:
-        """A row as CSV, for the rejects file."""
-        values = (array[position].as_py() for array in self.columns.values())
-        return _shown(as_csv([_plain(value) for value in values]))
+    def raw(self, positions: Sequence[int]) -> list[str]:
+        """Rows as CSV, for the rejects file."""
+        wanted = pa.array(positions, pa.int64())
+        columns = [array.take(wanted).to_pylist() for array in self.columns.values()]
+        return [
+            _shown(as_csv([_plain(value) for value in row])) for row in zip(*columns, strict=True)
+        ]
 
 
 def _plain(value: object) -> object:
@@ -122,7 +125,7 @@ def read(split: Split) -> Iterator[Batch]:
     """The batches of a split, in order. Raises ``InvalidProfile`` where it can't go on."""
     row = split.first_row
     try:
-        for batch in _read_csv(split) if split.row_group is None else _read_parquet(split):
+        for batch in _read_csv(split) if split.row_groups is None else _read_parquet(split):
             yield batch
             row += len(batch.rows) + len(batch.rejected)
     except (OSError, pa.ArrowException) as error:
@@ -186,10 +189,16 @@ def _plan_parquet(at: int, path: Path) -> list[Split]:
                 except InvalidProfile as error:
                     raise InvalidProfile(f"{path}: {error}") from None
             splits, first = [], 1
+            groups: list[int] = []
+            rows = 0
             for group in range(metadata.num_row_groups):
-                key = f"{at:06d}-{group:06d}"
-                splits.append(Split(str(path), key, tuple(schema.names), group, first))
-                first += metadata.row_group(group).num_rows
+                groups.append(group)
+                rows += metadata.row_group(group).num_rows
+                # Small groups are read together: every batch costs each shard a look at it.
+                if rows >= BATCH_ROWS or group + 1 == metadata.num_row_groups:
+                    key = f"{at:06d}-{groups[0]:06d}"
+                    splits.append(Split(str(path), key, tuple(schema.names), tuple(groups), first))
+                    first, groups, rows = first + rows, [], 0
             return splits
     except pa.ArrowInvalid as error:
         raise InvalidProfile(f"{path}: is no readable Parquet file: {error}") from error
@@ -198,7 +207,7 @@ def _plan_parquet(at: int, path: Path) -> list[Split]:
 def _read_parquet(split: Split) -> Iterator[Batch]:
     row = split.first_row
     with pq.ParquetFile(split.path, pre_buffer=False, buffer_size=1 << 20) as file:
-        for batch in file.iter_batches(BATCH_ROWS, row_groups=[split.row_group]):
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=split.row_groups):
             rows = np.arange(row, row + batch.num_rows, dtype=np.int64)
             row += batch.num_rows
             try:
@@ -524,9 +533,10 @@ def _set_apart(batch: Batch) -> Batch:
     for array in batch.columns.values():
         marked = pc.fill_null(pc.match_substring(array, UNREADABLE), False)
         bad |= marked.to_numpy(zero_copy_only=False)
+    positions = np.flatnonzero(bad).tolist()
     rejected = [
-        Rejected(int(batch.rows[at]), RejectReason.UNDECODABLE, batch.raw(at))
-        for at in np.flatnonzero(bad).tolist()
+        Rejected(int(batch.rows[at]), RejectReason.UNDECODABLE, raw)
+        for at, raw in zip(positions, batch.raw(positions), strict=True)
     ]
     kept = pa.array(~bad)
     return Batch(
