@@ -14,7 +14,7 @@ import pytest
 
 from schemas.errors import StackFailed, Unavailable
 from stack import flink_jobs, jobs, prerequisites, upgrade
-from stack.flink_jobs import Job
+from stack.flink_jobs import Checkpoints, Job
 from stack.jobs import JOBS, STANDARD, JobNote, answered, remember, remembered, state_to_go_on_from
 from stack.layout import Home, StackState, home, write_state
 
@@ -112,6 +112,9 @@ class Cluster:
         self.running: dict[str, str] = {}
         self.submitted: dict[str, tuple[int, str | None]] = {}
         self.runs = True
+        self.without_checkpoint: set[str] = set()
+        """Ids of jobs whose tasks fail over and over."""
+        self.cancelled: list[str] = []
         self.ids = (f"{number:06x}".ljust(32, "0") for number in range(1, 99))
         self.lock = Lock()
 
@@ -141,10 +144,29 @@ class Cluster:
         if not self.runs:
             raise StackFailed("it does not run")
 
+    def wait_checkpoint(self, home: Home, job_id: str) -> None:
+        if job_id in self.without_checkpoint:
+            raise StackFailed("it has made no checkpoint")
+
+    def checkpoints(self, home: Home, job_id: str) -> Checkpoints:
+        return Checkpoints(int(job_id not in self.without_checkpoint), 0, None, "")
+
+    def tasks_running(self, home: Home, job_id: str) -> bool:
+        return job_id not in self.without_checkpoint
+
     def stop(self, home: Home, job_id: str) -> str:
+        if job_id in self.without_checkpoint:
+            raise StackFailed("not all of its tasks run")
+        self._end(job_id)
+        return savepoint(home, job_id, at=1_000)
+
+    def cancel(self, home: Home, job_id: str) -> None:
+        self._end(job_id)
+        self.cancelled.append(job_id)
+
+    def _end(self, job_id: str) -> None:
         (name,) = (name for name, found in self.running.items() if found == job_id)
         del self.running[name]
-        return savepoint(home, job_id, at=1_000)
 
 
 @pytest.fixture
@@ -158,6 +180,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(jobs, "_create_tables", lambda url: None)
     monkeypatch.setattr(jobs, "parallelism_of", lambda home, job_id: 3)
     monkeypatch.setattr(upgrade, "stop_with_savepoint", found.stop)
+    for name in ("wait_checkpoint", "checkpoints", "tasks_running", "cancel"):
+        monkeypatch.setattr(upgrade, name, getattr(found, name))
     monkeypatch.setattr(upgrade, "_restart_taskmanagers", lambda home, progress: None)
     return found
 
@@ -204,6 +228,96 @@ def test_an_upgrade_remembers_what_it_finds_running(where: Home, cluster: Cluste
     assert remembered(where)["delivery"] == JobNote(
         cluster.running[JOBS["delivery"].name], state, 3
     )
+
+
+class Broken:
+    """A cluster where the new code of one job fails over and over, until it is mended."""
+
+    def __init__(self, where: Home, cluster: Cluster, name: str) -> None:
+        self.where, self.cluster, self.name = where, cluster, name
+        jobs.start_jobs(where)
+        self.before = cluster.running[JOBS[name].name]
+
+    def upgrade(self) -> None:
+        """The first one: the job is stopped, its new code makes no checkpoint."""
+        submit = self.cluster.submit
+
+        def failing(home: Home, script: Path, **words: Any) -> str:
+            job_id = submit(home, script, **words)
+            if job_id == self.cluster.running.get(JOBS[self.name].name):
+                self.cluster.without_checkpoint.add(job_id)
+            return job_id
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(upgrade, "submit", failing)
+            with pytest.raises(StackFailed, match="it has made no checkpoint"):
+                upgrade.upgrade(self.where)
+
+    @property
+    def now(self) -> str:
+        return self.cluster.running[JOBS[self.name].name]
+
+    @property
+    def noted(self) -> dict[str, str]:
+        found: dict[str, str] = json.loads((self.where.flink / "upgrade.json").read_text())
+        return found
+
+
+def test_the_savepoint_of_what_does_not_come_through_is_kept(where: Home, cluster: Cluster) -> None:
+    broken = Broken(where, cluster, "campaigns")
+    broken.upgrade()
+    (state,) = broken.noted.values()
+    assert set(broken.noted) == {"campaigns"}
+    assert f"savepoint-{broken.before[:6]}" in state
+    with pytest.raises(StackFailed, match="an upgrade was broken off"):
+        jobs.start_jobs(where)
+
+    # The others came through and are stopped anew; what failed has its savepoint alone.
+    failed, delivery = broken.now, cluster.running[JOBS["delivery"].name]
+    assert set(upgrade.upgrade(where)) == set(STANDARD)
+    assert cluster.cancelled == [failed]
+    assert cluster.submitted["campaigns"][1] == state
+    assert f"savepoint-{delivery[:6]}" in (cluster.submitted["delivery"][1] or "")
+    assert not (where.flink / "upgrade.json").exists()
+
+
+def test_what_came_through_after_all_goes_on_from_where_it_is(
+    where: Home, cluster: Cluster
+) -> None:
+    """Its savepoint is old by then: what it has done since would be forgotten."""
+    broken = Broken(where, cluster, "campaigns")
+    broken.upgrade()
+    late = broken.now
+    cluster.without_checkpoint.clear()
+    upgrade.upgrade(where)
+    assert not cluster.cancelled
+    assert f"savepoint-{late[:6]}" in (cluster.submitted["campaigns"][1] or "")
+
+
+def test_what_fails_over_and_over_is_upgraded_from_its_last_checkpoint(
+    where: Home, cluster: Cluster
+) -> None:
+    jobs.start_jobs(where)
+    failing = cluster.running[JOBS["delivery"].name]
+    cluster.without_checkpoint.add(failing)
+    last = checkpoint(where, failing, 7, at=500)
+    upgrade.upgrade(where)
+    assert cluster.cancelled == [failing]
+    assert cluster.submitted["delivery"][1] == last
+
+
+def test_what_runs_and_can_not_be_stopped_runs_on(
+    where: Home, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(home: Home, job_id: str) -> str:
+        raise StackFailed("the folder of savepoints is full")
+
+    jobs.start_jobs(where)
+    running = dict(cluster.running)
+    monkeypatch.setattr(upgrade, "stop_with_savepoint", refuse)
+    with pytest.raises(StackFailed, match="is full"):
+        upgrade.upgrade(where)
+    assert cluster.running == running
 
 
 def test_the_job_is_told_its_parallelism(where: Home, monkeypatch: pytest.MonkeyPatch) -> None:
