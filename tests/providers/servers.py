@@ -225,6 +225,8 @@ class ScriptedSmtp:
                     )
             elif verb == "DATA" and action.startswith("354"):
                 if self.stop_reading_data:
+                    # Its own buffers and the system's would take tens of megabytes.
+                    writer.transport.pause_reading()  # type: ignore[attr-defined]
                     await self._act(writer, self._scripted("in-data", "hang"))
                 data = await reader.readuntil(b"\r\n.\r\n")
                 envelope = Delivered(mail, rcpt, data[:-3])
