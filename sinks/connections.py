@@ -16,7 +16,7 @@ import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from schemas.errors import Unavailable
 
@@ -151,10 +151,48 @@ class Wire(asyncio.Protocol):
 
 
 W = TypeVar("W", bound=Wire)
+A = TypeVar("A")
+
+
+class Request(Generic[W, A]):
+    """What wants a wire until its deadline (loop time), and what became of it."""
+
+    __slots__ = ("answer", "until", "wire")
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        self.wire: W | None = None
+        """The wire that it has for itself at present."""
+
+    def begin(self, wire: W) -> bool:
+        """Go out on a wire; false where it does not, after `failed`."""
+        raise NotImplementedError
+
+    def answered(self, answer: A) -> None:
+        """It has its answer."""
+        self.wire = None
+        if not self.answer.done():
+            self.answer.set_result(answer)
+
+    def failed(self, error: BaseException) -> None:
+        """It will have none."""
+        self.wire = None
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+    async def result(self) -> A:
+        """The answer. Whoever is cancelled meanwhile breaks the wire: what is on it is in doubt."""
+        try:
+            return await self.answer
+        except asyncio.CancelledError:
+            if self.wire is not None:
+                self.wire.abort()
+            raise
 
 
 class Pool(Generic[W]):
-    """At most `size` wires; who comes when all are busy waits in turn, until a deadline."""
+    """At most `size` wires; requests that come when all are busy go out in turn."""
 
     def __init__(
         self, connect: Callable[[float], Awaitable[W]], size: int, idle: timedelta
@@ -165,114 +203,144 @@ class Pool(Generic[W]):
         self._idle: list[W] = []
         self._all: set[W] = set()
         self._open = 0
-        self._waiters: deque[asyncio.Future[W | None]] = deque()
+        self._waiting: deque[Request[W, Any]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._dials: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    async def take(self, until: float) -> W:
-        """A fresh wire; give it back with `give`.
+    def submit(self, request: Request[W, Any]) -> None:
+        """Have a request go out on a fresh wire, now or when one is free.
 
-        Raises:
-            NotSent: no wire by `until` (loop time), no connection, or the pool is closed.
+        It fails with `NotSent` where there is none by its deadline or the pool is closed, or with
+        what dialling raised.
         """
-        self._require_open()
+        if self._closed:
+            request.failed(_closed())
+            return
         idle = self._idle
         while idle:
             wire = idle.pop()
             if wire.fresh(self._idle_s):
-                return wire
+                if not request.begin(wire):
+                    idle.append(wire)
+                return
             self._open -= 1
             wire.abort()
         if self._open < self.size:
             self._open += 1
-            return await self._dial(until)
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[W | None] = loop.create_future()
-        self._waiters.append(waiter)
-        timer = loop.call_at(until, _expire, waiter)
-        try:
-            handed = await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._pass_on(waiter.result())
-            raise
-        finally:
-            timer.cancel()
-        if handed is not None:
-            if handed.fresh(self._idle_s):
-                return handed
-            handed.abort()
-        return await self._dial(until)
+            self._dial(request)
+        else:
+            self._waiting.append(request)
+            self._watch(request.until)
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise NotSent("closed", "the client is closed")
+    def next_request(self) -> Request[W, Any] | None:
+        """The request that has waited longest: whoever asks must have it go out."""
+        waiting = self._waiting
+        while waiting:
+            request = waiting.popleft()
+            if not request.answer.done():
+                return request
+        return None
 
     def give(self, wire: W) -> None:
         """Give a wire back; one that is not `usable` makes room for another."""
+        wire.idle_since = wire.loop.time()
+        while (request := self.next_request()) is not None:
+            if not wire.fresh(self._idle_s):
+                if wire.usable:
+                    wire.abort()
+                self._dial(request)
+                return
+            if request.begin(wire):
+                return
         if wire.usable and not self._closed:
-            wire.idle_since = wire.loop.time()
-            self._pass_on(wire)
+            self._idle.append(wire)
         else:
-            self._pass_on(None)
+            self._open -= 1
 
     async def close(self) -> None:
         """Close every wire; who waits is told so. Idempotent."""
         self._closed = True
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_exception(NotSent("closed", "the client is closed"))
-        self._waiters.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        for request in self._waiting:
+            request.failed(_closed())
+        self._waiting.clear()
         self._idle.clear()
+        for dial in self._dials:
+            dial.cancel()
         for wire in list(self._all):
             wire.bye()
         for _ in range(100):
-            if not self._all:
+            if not self._all and not self._dials:
                 return
             await asyncio.sleep(0.01)
         for wire in list(self._all):
             wire.abort()
 
-    def _pass_on(self, wire: W | None) -> None:
-        waiters = self._waiters
-        while waiters:
-            waiter = waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(wire)
-                return
-        if wire is None:
-            self._open -= 1
-        else:
-            self._idle.append(wire)
+    def _watch(self, until: float) -> None:
+        """One timer for all who wait: it is moved only towards earlier times."""
+        if self._timer is None or until < self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_at(until, self._expire)
+            self._timer_at = until
 
-    async def _dial(self, until: float) -> W:
-        wire: W | None = None
+    def _expire(self) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time() + 0.001
+        for request in self._waiting:
+            if request.until <= now:
+                request.failed(NotSent("queue-timeout", "all connections were busy"))
+        self._waiting = deque(one for one in self._waiting if not one.answer.done())
+        if self._waiting:
+            self._watch(min(request.until for request in self._waiting))
+
+    def _dial(self, request: Request[W, Any]) -> None:
+        """Open a wire, in a place that is taken already, for a request."""
+        task = asyncio.get_running_loop().create_task(self._dialled(request))
+        self._dials.add(task)
+        task.add_done_callback(self._dials.discard)
+
+    async def _dialled(self, request: Request[W, Any]) -> None:
         try:
-            self._require_open()
-            wire = await self._connect(until)
-            self._require_open()
-        except BaseException:
-            if wire is not None:
-                wire.abort()
-            self._pass_on(None)
-            raise
+            wire = await self._connect(request.until)
+        except BaseException as error:
+            self._make_room()
+            stopped = isinstance(error, asyncio.CancelledError)
+            request.failed(_closed() if stopped else error)
+            if stopped or not isinstance(error, Exception):
+                raise
+            return
         self._all.add(wire)
         wire.on_gone = self._gone
-        if not wire.usable:
+        if self._closed or not wire.usable:
+            wire.abort()
             self._all.discard(wire)
-            self._pass_on(None)
-            raise NotSent("connection-lost", "the server closed the new connection")
-        return wire
+            self._make_room()
+            lost = NotSent("connection-lost", "the server closed the new connection")
+            request.failed(_closed() if self._closed else lost)
+        elif request.answer.done() or not request.begin(wire):
+            self.give(wire)
+
+    def _make_room(self) -> None:
+        """A place is free: for who waits longest, if anybody does."""
+        request = None if self._closed else self.next_request()
+        if request is None:
+            self._open -= 1
+        else:
+            self._dial(request)
 
     def _gone(self, wire: Wire) -> None:
         self._all.discard(cast(W, wire))
         if wire in self._idle:
             self._idle.remove(wire)
-            self._pass_on(None)
+            self._make_room()
 
 
-def _expire(waiter: asyncio.Future[W | None]) -> None:
-    if not waiter.done():
-        waiter.set_exception(NotSent("queue-timeout", "all connections were busy"))
+def _closed() -> NotSent:
+    return NotSent("closed", "the client is closed")
 
 
 P = TypeVar("P", bound=asyncio.Protocol)

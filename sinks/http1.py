@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from schemas.errors import InvalidInput
-from sinks.connections import Endpoint, InDoubt, NotSent, Pool, Wire
+from sinks.connections import Endpoint, InDoubt, NotSent, Pool, Request, Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +152,10 @@ class HttpClient:
             NotSent: the request did not leave whole.
             InDoubt: it left, and no answer came.
         """
-        loop = asyncio.get_running_loop()
-        until = loop.time() + deadline.total_seconds()
-        wire = await self._pool.take(until)
-        answer = wire.start(b"%b%d\r\n\r\n%b" % (prepared.head, len(body), body), until)
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            wire.abort()
-            raise
+        until = asyncio.get_running_loop().time() + deadline.total_seconds()
+        request = _Exchange(b"%b%d\r\n\r\n%b" % (prepared.head, len(body), body), until)
+        self._pool.submit(request)
+        return await request.result()
 
     async def close(self) -> None:
         """Close all connections; requests in flight end as their phase says."""
@@ -174,6 +169,21 @@ class HttpClient:
         return _HttpWire(self._pool, self._write_s, self._first_byte_s, self._max_answer)
 
 
+class _Exchange(Request["_HttpWire", HttpAnswer]):
+    """A request and its answer."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes, until: float) -> None:
+        super().__init__(until)
+        self.data = data
+
+    def begin(self, wire: _HttpWire) -> bool:
+        self.wire = wire
+        wire.start(self)
+        return True
+
+
 class _HttpWire(Wire):
     def __init__(
         self, pool: Pool[_HttpWire], write_s: float, first_byte_s: float, max_answer: int
@@ -183,8 +193,7 @@ class _HttpWire(Wire):
         self._write_s = write_s
         self._first_byte_s = first_byte_s
         self._max_answer = max_answer
-        self._answer: asyncio.Future[HttpAnswer] | None = None
-        self._until = 0.0
+        self._request: _Exchange | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -196,18 +205,16 @@ class _HttpWire(Wire):
         self._body: list[bytes] = []
         self._done = False
 
-    def start(self, data: bytes, until: float) -> asyncio.Future[HttpAnswer]:
-        self._answer = answer = self.loop.create_future()
-        self._until = until
-        self.write(data)
+    def start(self, request: _Exchange) -> None:
+        self._request = request
+        self.write(request.data)
         phase_s = self._write_s if self.unsent else self._first_byte_s
-        self.busy_until(min(until, self.loop.time() + phase_s))
-        return answer
+        self.busy_until(min(request.until, self.loop.time() + phase_s))
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._answer is not None and not self._received:
-            self.busy_until(min(self._until, self.loop.time() + self._first_byte_s))
+        if self._request is not None and not self._received:
+            self.busy_until(min(self._request.until, self.loop.time() + self._first_byte_s))
 
     # Called by the parser.
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -232,11 +239,11 @@ class _HttpWire(Wire):
             self.usable = False
 
     def data_received(self, data: bytes) -> None:
-        if self._answer is None:
+        if self._request is None:
             self.abort()
             return
         if not self._received:
-            self.busy_until(self._until)
+            self.busy_until(self._request.until)
         self._received += len(data)
         try:
             self._parser.feed_data(data)
@@ -253,7 +260,7 @@ class _HttpWire(Wire):
 
     def eof_received(self) -> bool:
         self.usable = False
-        if self._answer is not None and self._is_close_delimited():
+        if self._request is not None and self._is_close_delimited():
             self._settle(self._known(complete=True))
         return False
 
@@ -280,19 +287,17 @@ class _HttpWire(Wire):
             self._settle(InDoubt(reason, "the request left and no answer came"))
 
     def _settle(self, result: HttpAnswer | NotSent | InDoubt) -> None:
-        answer = self._answer
-        if answer is None:
+        request = self._request
+        if request is None:
             return
-        self._answer = None
+        self._request = None
         self.busy_until(0.0)
         if self.usable:
             self._reset()
         else:
             self.transport.abort()
-        self._pool.give(self)
-        if answer.done():
-            return
         if isinstance(result, HttpAnswer):
-            answer.set_result(result)
+            request.answered(result)
         else:
-            answer.set_exception(result)
+            request.failed(result)
+        self._pool.give(self)

@@ -1,10 +1,11 @@
 """A lean SMTP client for submission and relays (RFC 5321, 2920, 3207, 4954, 6152, 6531).
 
-One message at a time on each connection, N connections. With PIPELINING a message takes two
-round trips: MAIL, RCPT and DATA in one write, then the text and its dot. Nothing is accepted
-before the dot has left, so everything up to there may be tried again; what breaks after it is in
-doubt. Idle connections are looked at before use instead of asked with NOOP: a connection found
-dead at MAIL has cost nothing but a new one.
+N connections, messages one after the other on each. With PIPELINING a message takes two round
+trips: MAIL, RCPT and DATA in one write, then the text and its dot. Where another message waits,
+its commands go out behind that dot (RFC 2920, 3.1), and it takes one. Nothing is accepted before
+its dot has left, so everything up to there may be tried again; what breaks after it is in doubt.
+Idle connections are looked at before use instead of asked with NOOP: a connection found dead at
+MAIL has cost nothing but a new one.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from schemas.errors import InvalidInput, Unavailable
-from sinks.connections import Endpoint, InDoubt, NotSent, Pool, Wire
+from sinks.connections import Endpoint, InDoubt, NotSent, Pool, Request, Wire
 
 
 class SmtpTls(Enum):
@@ -167,19 +168,10 @@ class SmtpClient:
             InDoubt: after.
             SmtpRefused: no session could be opened.
         """
-        loop = asyncio.get_running_loop()
-        until = loop.time() + deadline.total_seconds()
-        wire = await self._pool.take(until)
-        try:
-            answer = wire.deliver(make(wire.extensions), until)
-        except BaseException:
-            self._pool.give(wire)
-            raise
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            wire.abort()
-            raise
+        until = asyncio.get_running_loop().time() + deadline.total_seconds()
+        request = _Sending(make, until)
+        self._pool.submit(request)
+        return await request.result()
 
     async def close(self) -> None:
         """Leave all sessions. Idempotent."""
@@ -287,10 +279,53 @@ def _read_reply(lines: list[bytes]) -> SmtpReply:
 
 _STEPS = ("mail", "rcpt", "data")
 _STEPS_AFTER_REFUSAL = ("rset", *_STEPS)
+_FOLLOWED_BYTES = 65_536
+"""No message goes out behind a longer text: what of it had left, could not be told from the other's
+commands."""
+
+
+class _Sending(Request["_SmtpWire", SmtpOutcome]):
+    """A message on its way, and the reply that decides."""
+
+    __slots__ = ("_make", "commands", "data")
+
+    def __init__(self, make: Callable[[Extensions], Envelope], until: float) -> None:
+        super().__init__(until)
+        self._make = make
+        self.commands: list[bytes] = []
+        self.data = b""
+
+    def begin(self, wire: _SmtpWire) -> bool:
+        if not self.prepared(wire.extensions):
+            return False
+        wire.start(self)
+        return True
+
+    def prepared(self, offered: Extensions) -> bool:
+        """Make the envelope, for a server that offers this; false where it can't be made."""
+        try:
+            envelope = self._make(offered)
+            for address in (envelope.mail_from, envelope.rcpt_to):
+                if not _ADDRESS.fullmatch(address):
+                    raise InvalidInput("an envelope address would break the SMTP session")
+        except Exception as error:
+            self.failed(error)
+            return False
+        mail = f"MAIL FROM:<{envelope.mail_from}>"
+        if offered.size:
+            mail += f" SIZE={len(envelope.data)}"
+        if offered.eight_bit_mime and not envelope.data.isascii():
+            mail += " BODY=8BITMIME"
+        if envelope.smtputf8:
+            mail += " SMTPUTF8"
+        self.data = envelope.data
+        self.commands = [f"{mail}\r\n".encode(), f"RCPT TO:<{envelope.rcpt_to}>\r\n".encode(),
+                         b"DATA\r\n"]  # fmt: skip
+        return True
 
 
 class _SmtpWire(Wire):
-    """A session: idle, in a command (opening), or in a message."""
+    """A session: idle, in a command (opening), or in a message, perhaps with another behind it."""
 
     def __init__(
         self, pool: Pool[_SmtpWire], command_s: float, end_s: float, messages: int
@@ -307,15 +342,18 @@ class _SmtpWire(Wire):
         self._command: asyncio.Future[SmtpReply] | None = None
         self._opening = True
         self._unasked: list[SmtpReply] = []
-        self._answer: asyncio.Future[SmtpOutcome] | None = None
+        self._current: _Sending | None = None
+        self._next: _Sending | None = None
+        """Its commands went out behind the current one's dot, its text did not."""
         self._steps: tuple[str, ...] = _STEPS
         self._to_write: list[bytes] = []
         self._at = 0
         self._refused: SmtpOutcome | None = None
-        self._data = b""
         self._ending = False
         self._in_transaction = False
-        self._until = 0.0
+        self._phase_until = 0.0
+        self._reading = False
+        self._free = False
 
     def command(self, line: bytes) -> asyncio.Future[SmtpReply]:
         """Send one command while the session is being opened; an empty one awaits the greeting."""
@@ -341,40 +379,34 @@ class _SmtpWire(Wire):
         if self._unasked:
             self.usable = False
 
-    def deliver(self, envelope: Envelope, until: float) -> asyncio.Future[SmtpOutcome]:
-        for address in (envelope.mail_from, envelope.rcpt_to):
-            if not _ADDRESS.fullmatch(address):
-                raise InvalidInput("an envelope address would break the SMTP session")
-        mail = f"MAIL FROM:<{envelope.mail_from}>"
-        offered = self.extensions
-        if offered.size:
-            mail += f" SIZE={len(envelope.data)}"
-        if offered.eight_bit_mime and not envelope.data.isascii():
-            mail += " BODY=8BITMIME"
-        if envelope.smtputf8:
-            mail += " SMTPUTF8"
-        commands = [f"{mail}\r\n".encode(), f"RCPT TO:<{envelope.rcpt_to}>\r\n".encode(),
-                    b"DATA\r\n"]  # fmt: skip
-        self._steps = _STEPS
+    def start(self, message: _Sending) -> None:
+        """Send a message's commands, or the first of them."""
+        commands = message.commands
         if self._in_transaction:
             commands.insert(0, b"RSET\r\n")
-            self._steps = _STEPS_AFTER_REFUSAL
-        self._at = 0
-        self._refused = None
-        self._ending = False
-        self._data = envelope.data
-        self._until = until
-        self._messages_left -= 1
-        self._in_transaction = True
-        self._answer = answer = self.loop.create_future()
-        if offered.pipelining:
+        self._begin(message, _STEPS_AFTER_REFUSAL if self._in_transaction else _STEPS)
+        if self.extensions.pipelining:
             self._to_write = []
             self.write(b"".join(commands))
         else:
             self._to_write = commands[1:]
             self.write(commands[0])
-        self.busy_until(min(until, self.loop.time() + self._command_s))
-        return answer
+        self._phase(message, self._command_s)
+
+    def _begin(self, message: _Sending, steps: tuple[str, ...]) -> None:
+        self._current = message
+        message.wire = self
+        self._steps = steps
+        self._at = 0
+        self._refused = None
+        self._ending = False
+        self._messages_left -= 1
+        self._in_transaction = True
+
+    def _phase(self, message: _Sending, seconds: float) -> None:
+        """A phase of the current message begins, and may take so long."""
+        self._phase_until = min(message.until, self.loop.time() + seconds)
+        self.busy_until(self._phase_until)
 
     def data_received(self, data: bytes) -> None:
         self._size += len(data)
@@ -385,26 +417,32 @@ class _SmtpWire(Wire):
             data = self._buffer + data
         lines = data.split(b"\n")
         self._buffer = lines.pop()
+        self._reading = True
         for line in lines:
             self._lines.append(line)
             if line[3:4] == b"-":
                 continue
             if not line[:3].isdigit() or len(line) < 3:
                 self._fail("malformed-answer")
-                return
+                break
             collected, self._lines = self._lines, []
             self._size = 0
-            if self._answer is not None and not self._ending:
-                self._on_step(collected)
+            if self._current is not None and not self._ending:
+                self._on_step(self._current, collected)
             else:
                 self._on_reply(_read_reply(collected))
+        self._reading = False
+        if self._free:
+            # Only now: what follows an answer unasked is a good-bye, not another message's reply.
+            self._free = False
+            self._pool.give(self)
 
     def _on_reply(self, reply: SmtpReply) -> None:
         if self._command is not None:
             command, self._command = self._command, None
             if not command.done():
                 command.set_result(reply)
-        elif self._answer is None:
+        elif self._current is None:
             if self._opening:
                 self._unasked.append(reply)
             else:
@@ -412,7 +450,7 @@ class _SmtpWire(Wire):
         else:
             self._on_end(reply)
 
-    def _on_step(self, lines: list[bytes]) -> None:
+    def _on_step(self, message: _Sending, lines: list[bytes]) -> None:
         step = self._steps[self._at]
         self._at += 1
         last = lines[-1]
@@ -428,20 +466,43 @@ class _SmtpWire(Wire):
             self._settle(self._refused or SmtpOutcome(step, _read_reply(lines)))
         elif self._to_write:
             self.write(self._to_write.pop(0))
-            self.busy_until(min(self._until, self.loop.time() + self._command_s))
+            self._phase(message, self._command_s)
         elif self._at == len(self._steps):
             if self._refused is not None:
                 self._settle(self._refused)
             else:
-                self._ending = True
-                self.write(self._data + b".\r\n")
-                self.busy_until(min(self._until, self.loop.time() + self._end_s))
+                self._finish(message)
+
+    def _finish(self, message: _Sending) -> None:
+        """Send the text and its dot, and the commands of a message that waits."""
+        self._ending = True
+        self._next = following = self._following(message)
+        if following is None:
+            self.write(message.data + b".\r\n")
+        else:
+            self.write(b"%b.\r\n%b" % (message.data, b"".join(following.commands)))
+        self._phase(message, self._end_s)
+        if following is not None and following.until < self._phase_until:
+            self.busy_until(following.until)
+
+    def _following(self, message: _Sending) -> _Sending | None:
+        """Who waits for a wire, where all are busy, and can go out behind this message."""
+        if (
+            not self.extensions.pipelining
+            or self._messages_left <= 0
+            or len(message.data) > _FOLLOWED_BYTES
+        ):
+            return None
+        while (waiting := cast(_Sending | None, self._pool.next_request())) is not None:
+            if waiting.prepared(self.extensions):
+                return waiting
+        return None
 
     def _on_end(self, reply: SmtpReply) -> None:
         self._in_transaction = False
         if reply.code == 421:
             self.usable = False
-        if self.unsent:
+        if self.unsent and self._next is None:
             self.usable = False
             if 200 <= reply.code < 300:
                 self._fail("malformed-answer")
@@ -453,7 +514,7 @@ class _SmtpWire(Wire):
         return False
 
     def bye(self) -> None:
-        if self.usable and self._answer is None and not self._opening:
+        if self.usable and self._current is None and not self._opening:
             self.write(b"QUIT\r\n")
         super().bye()
 
@@ -461,7 +522,12 @@ class _SmtpWire(Wire):
         self._fail("connection-lost")
 
     def expired(self) -> None:
-        self._fail("timeout")
+        following = self._next
+        if following is None or self.loop.time() >= self._phase_until - 0.001:
+            self._fail("timeout")
+        else:  # It stays where it is: the session ends before its text is asked for.
+            following.failed(NotSent("timeout", "the message before it took too long"))
+            self.busy_until(self._phase_until)
 
     def _fail(self, reason: str) -> None:
         self.usable = False
@@ -469,30 +535,38 @@ class _SmtpWire(Wire):
             command, self._command = self._command, None
             if not command.done():
                 command.set_exception(NotSent(reason, "the SMTP session could not be opened"))
-        if self._answer is None:
+        if self._current is None:
             self.transport.abort()
         elif self._refused is not None:
             self._settle(self._refused)
-        elif self._ending and not self.unsent:
+        elif self._ending and (not self.unsent or self._next is not None):
+            # With another's commands behind it, what has not left may be those alone.
             self._settle(InDoubt(reason, "the message left and no answer came"))
         else:
             self._settle(NotSent(reason, "the message did not leave whole"))
 
     def _settle(self, result: SmtpOutcome | NotSent | InDoubt) -> None:
-        answer = self._answer
-        if answer is None:
+        message, following = self._current, self._next
+        if message is None:
             return
-        self._answer = None
-        self._data = b""
-        self.busy_until(0.0)
-        if not self.usable:
-            self.transport.abort()
-        elif self._messages_left <= 0:
-            self.bye()
-        self._pool.give(self)
-        if answer.done():
-            return
-        if isinstance(result, SmtpOutcome):
-            answer.set_result(result)
+        self._current = self._next = None
+        if following is not None and self.usable and not following.answer.done():
+            self._begin(following, _STEPS)
+            self._phase(following, self._command_s)
         else:
-            answer.set_exception(result)
+            self.busy_until(0.0)
+            if following is not None:
+                self.usable = False
+                following.failed(NotSent("connection-lost", "the session ended before its turn"))
+            if not self.usable:
+                self.transport.abort()
+            elif self._messages_left <= 0:
+                self.bye()
+            if self._reading:
+                self._free = True
+            else:
+                self._pool.give(self)
+        if isinstance(result, SmtpOutcome):
+            message.answered(result)
+        else:
+            message.failed(result)

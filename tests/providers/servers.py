@@ -152,8 +152,9 @@ class Delivered:
 class ScriptedSmtp:
     """An SMTP server. `script` maps a command's verb (or 'connect', '.') to what happens.
 
-    A value is a reply's text, or one of: 'drop' (FIN), 'reset' (RST), 'hang'. A list gives one
-    value to each occurrence and then falls back to normal behaviour.
+    A value is a reply's text, or one of: 'drop' (FIN), 'reset' (RST), 'hang', 'late' (the normal
+    one after half a second). A list gives one value to each occurrence and then falls back to
+    normal behaviour.
     """
 
     script: dict[str, str | list[str]] = field(default_factory=dict)
@@ -167,10 +168,13 @@ class ScriptedSmtp:
     def _scripted(self, verb: str, normal: str) -> str:
         value = self.script.get(verb, normal)
         if isinstance(value, list):
-            return value.pop(0) if value else normal
-        return value
+            value = value.pop(0) if value else normal
+        return f"late {normal}" if value == "late" else value
 
     async def _act(self, writer: Writer, action: str) -> None:
+        if action.startswith("late "):
+            await asyncio.sleep(0.5)
+            action = action[5:]
         if action == "drop":
             raise ConnectionError
         if action == "reset":
@@ -206,6 +210,7 @@ class ScriptedSmtp:
             }.get(verb, "500 5.5.2 what?")
             action = self._scripted(verb, normal)
             await self._act(writer, action)
+            action = action.removeprefix("late ")
             if verb in ("EHLO", "RSET", "HELO"):
                 mail = rcpt = ""
             elif verb == "MAIL" and action.startswith("2"):
@@ -231,7 +236,7 @@ class ScriptedSmtp:
                 data = await reader.readuntil(b"\r\n.\r\n")
                 envelope = Delivered(mail, rcpt, data[:-3])
                 action = self._scripted(".", "250 2.0.0 queued as Q123")
-                if action.startswith("2") or action == "hang-after-taking":
+                if action.startswith(("2", "late 2")) or action == "hang-after-taking":
                     self.delivered.append(envelope)
                 mail = rcpt = ""
                 await self._act(writer, "hang" if action == "hang-after-taking" else action)

@@ -5,8 +5,9 @@ from datetime import timedelta
 
 import pytest
 
-from sinks.connections import Endpoint, NotSent, Pool, Wire
+from sinks.connections import Endpoint, NotSent, Pool, Request, Wire
 from tests.providers.conftest import Run
+from tests.providers.servers import eventually
 
 
 class QuietWire(Wire):
@@ -17,6 +18,26 @@ class QuietWire(Wire):
 
     def abort(self) -> None:
         self.usable = False
+
+    def bye(self) -> None:
+        self.usable = False
+        if self.on_gone is not None:
+            self.on_gone(self)
+
+
+class Wanted(Request[QuietWire, int]):
+    """A request that goes out, or can't."""
+
+    def __init__(self, seconds: float = 1.0, *, sound: bool = True) -> None:
+        super().__init__(asyncio.get_running_loop().time() + seconds)
+        self.sound = sound
+
+    def begin(self, wire: QuietWire) -> bool:
+        if not self.sound:
+            self.failed(ValueError("it can't go out"))
+            return False
+        self.wire = wire
+        return True
 
 
 def pool_of(size: int) -> tuple[Pool[QuietWire], list[QuietWire]]:
@@ -30,24 +51,60 @@ def pool_of(size: int) -> tuple[Pool[QuietWire], list[QuietWire]]:
     return Pool(connect, size, timedelta(seconds=60)), made
 
 
-def soon() -> float:
-    return asyncio.get_running_loop().time() + 1.0
+async def wired(request: Wanted) -> QuietWire:
+    """The wire that a request goes out on."""
+    await eventually(lambda: request.wire is not None)
+    assert request.wire is not None
+    return request.wire
 
 
-def test_a_wire_handed_to_who_has_just_been_cancelled_is_not_lost(run: Run) -> None:
+def test_who_waits_goes_out_in_turn_and_who_has_left_is_passed_over(run: Run) -> None:
     async def main() -> None:
         pool, made = pool_of(1)
-        wire = await pool.take(soon())
-        for usable in (True, False):
-            waiter = asyncio.create_task(pool.take(soon()))
-            await asyncio.sleep(0)
-            wire.usable = usable
-            pool.give(wire)
-            waiter.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await waiter
-            wire = await pool.take(soon())
-        assert len(made) == 2
+        wants = [Wanted() for _ in range(4)]
+        for each in wants:
+            pool.submit(each)
+        wire = await wired(wants[0])
+        wants[1].answer.cancel()
+        pool.give(wire)
+        assert [each.wire for each in wants[1:]] == [None, wire, None]
+        pool.give(wire)
+        assert wants[3].wire is wire and len(made) == 1
+
+    run(main())
+
+
+def test_who_is_cancelled_while_it_dials_leaves_the_wire_to_others(run: Run) -> None:
+    async def main() -> None:
+        pool, made = pool_of(1)
+        first, second = Wanted(), Wanted()
+        pool.submit(first)
+        waiter = asyncio.create_task(first.result())
+        await asyncio.sleep(0)
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+        pool.submit(second)
+        assert await wired(second) is made[0]
+        assert first.wire is None and made[0].usable
+
+    run(main())
+
+
+def test_who_is_cancelled_on_a_wire_breaks_it(run: Run) -> None:
+    async def main() -> None:
+        pool, made = pool_of(1)
+        first, second = Wanted(), Wanted()
+        pool.submit(first)
+        waiter = asyncio.create_task(first.result())
+        wire = await wired(first)
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+        assert not wire.usable
+        pool.give(wire)
+        pool.submit(second)
+        assert await wired(second) is made[1]
 
     run(main())
 
@@ -65,23 +122,95 @@ def test_a_failed_connection_makes_room_for_who_waits(run: Run) -> None:
             return QuietWire()
 
         pool: Pool[QuietWire] = Pool(connect, 1, timedelta(seconds=60))
-        results = await asyncio.gather(
-            *(pool.take(soon()) for _ in range(3)), return_exceptions=True
-        )
-        assert [type(r) for r in results] == [NotSent, NotSent, QuietWire]
+        wants = [Wanted() for _ in range(3)]
+        for each in wants:
+            pool.submit(each)
+        for each in wants[:2]:
+            with pytest.raises(NotSent, match="connect-failed"):
+                await each.result()
+        await wired(wants[2])
 
     run(main())
 
 
-def test_a_wire_that_died_on_its_way_to_a_waiter_is_replaced(run: Run) -> None:
+def test_a_wire_that_died_unnoticed_is_replaced(run: Run) -> None:
     async def main() -> None:
         pool, made = pool_of(1)
-        wire = await pool.take(soon())
-        waiter = asyncio.create_task(pool.take(soon()))
-        await asyncio.sleep(0)
-        pool.give(wire)
+        first, second, third = Wanted(), Wanted(), Wanted()
+        pool.submit(first)
+        wire = await wired(first)
+        pool.submit(second)
         wire.usable = False
-        assert await waiter is made[1]
+        pool.give(wire)
+        assert await wired(second) is made[1]
+        pool.give(made[1])
+        made[1].usable = False
+        pool.submit(third)
+        assert await wired(third) is made[2]
+
+    run(main())
+
+
+def test_thousands_that_can_not_go_out_hold_up_nobody(run: Run) -> None:
+    async def main() -> None:
+        pool, made = pool_of(1)
+        first, last = Wanted(), Wanted()
+        pool.submit(first)
+        wire = await wired(first)
+        bad = [Wanted(sound=False) for _ in range(5_000)]
+        for each in (*bad, last):
+            pool.submit(each)
+        pool.give(wire)
+        assert last.wire is wire and all(each.answer.done() for each in bad)
+        pool.give(wire)
+        for each in bad:
+            assert isinstance(each.answer.exception(), ValueError)
+        alone = Wanted(sound=False)
+        pool.submit(alone)
+        assert isinstance(alone.answer.exception(), ValueError)
+        after = Wanted()
+        pool.submit(after)
+        assert after.wire is wire and len(made) == 1
+
+    run(main())
+
+
+def test_whoever_finds_no_wire_in_time_fails_by_itself(run: Run) -> None:
+    async def main() -> None:
+        pool, _ = pool_of(1)
+        first = Wanted()
+        pool.submit(first)
+        wire = await wired(first)
+        late, soon, patient = Wanted(0.2), Wanted(0.05), Wanted(5.0)
+        for each in (late, soon, patient):
+            pool.submit(each)
+        with pytest.raises(NotSent, match="queue-timeout"):
+            await soon.result()
+        assert not late.answer.done()
+        with pytest.raises(NotSent, match="queue-timeout"):
+            await late.result()
+        pool.give(wire)
+        assert patient.wire is wire
+
+    run(main())
+
+
+def test_closing_tells_who_waits_and_who_dials(run: Run) -> None:
+    async def main() -> None:
+        async def connect(until: float) -> QuietWire:
+            await asyncio.sleep(60)
+            raise AssertionError("it was closed")
+
+        pool: Pool[QuietWire] = Pool(connect, 1, timedelta(seconds=60))
+        dialling, waiting, after = Wanted(), Wanted(), Wanted()
+        pool.submit(dialling)
+        pool.submit(waiting)
+        await asyncio.sleep(0.01)
+        await pool.close()
+        pool.submit(after)
+        for each in (dialling, waiting, after):
+            with pytest.raises(NotSent, match="closed"):
+                await each.result()
 
     run(main())
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import random
 from datetime import timedelta
 
 import pytest
@@ -473,6 +474,228 @@ def test_cancelling_frees_the_place(run: Run) -> None:
                 with pytest.raises(asyncio.CancelledError):
                     await task
             assert (await send(smtp)).accepted
+            await smtp.close()
+
+    run(main())
+
+
+# Messages that go out behind another's dot
+
+
+def to(*names: str) -> list[str]:
+    return [f"RCPT TO:<{name}@example.com>" for name in names]
+
+
+def flying(smtp: SmtpClient, name: str, seconds: float = 5.0) -> asyncio.Task[SmtpOutcome]:
+    return asyncio.create_task(
+        send(smtp, f"{name}@example.com", deadline=timedelta(seconds=seconds))
+    )
+
+
+def test_who_waits_goes_out_behind_the_dot_before_it_is_answered(run: Run) -> None:
+    async def main() -> None:
+        script = ScriptedSmtp({".": "late"})
+        async with Server(script) as server:
+            smtp = client(server)
+            tasks = [flying(smtp, name) for name in ("one", "two", "three")]
+            await eventually(lambda: len(script.delivered) == 1)
+            assert not any(task.done() for task in tasks)
+            assert all([(await task).accepted for task in tasks])
+            assert [d.rcpt for d in script.delivered] == to("one", "two", "three")
+            assert {d.data for d in script.delivered} == {TEXT}
+            mails = [
+                n for n, c in zip(script.together, script.commands, strict=True) if "MAIL" in c
+            ]
+            assert mails == [3, 3, 3]
+            assert server.connections == 1
+            await smtp.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("over_tls", [False, True])
+@pytest.mark.parametrize("how", ["drop", "reset", "hang", "hang-after-taking", "no code"])
+def test_who_is_behind_a_message_in_doubt_has_not_left(
+    run: Run, certificates: Certificates, how: str, over_tls: bool
+) -> None:
+    async def main() -> None:
+        script = ScriptedSmtp({".": [how]})
+        async with Server(script, certificates.server if over_tls else None) as server:
+            smtp = client(
+                server,
+                security=SmtpTls.IMPLICIT if over_tls else SmtpTls.NONE,
+                tls=certificates.client,
+            )
+            first, second, third = (flying(smtp, n, s) for n, s in (("1", 0.5), ("2", 3), ("3", 3)))
+            with pytest.raises(InDoubt):
+                await first
+            with pytest.raises(NotSent):
+                await second
+            assert (await third).accepted
+            assert (await send(smtp)).accepted
+            taken = [d.rcpt for d in script.delivered]
+            assert taken == to(*(["1"] if how == "hang-after-taking" else []), "3", "ann")
+            await smtp.close()
+
+    run(main())
+
+
+def test_a_session_that_ends_with_an_answer_takes_along_who_is_behind_it(run: Run) -> None:
+    async def main() -> None:
+        for reply, accepted in (
+            ("421 4.3.2 shutting down", False),
+            ("250 2.0.0 ok\r\n421 4.3.2 shutting down", True),
+        ):
+            script = ScriptedSmtp({".": [reply]})
+            async with Server(script) as server:
+                smtp = client(server)
+                first, second, third = (flying(smtp, name) for name in ("1", "2", "3"))
+                assert (await first).accepted is accepted
+                if accepted:  # The good-bye is read as the answer to its MAIL.
+                    assert (await second).reply.code == 421
+                else:
+                    with pytest.raises(NotSent, match="connection-lost"):
+                        await second
+                assert (await third).accepted
+                assert [d.rcpt for d in script.delivered] == to(*(["1"] if accepted else []), "3")
+                await smtp.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA", "."])
+def test_each_is_refused_for_itself(run: Run, verb: str) -> None:
+    async def main() -> None:
+        fine = {"MAIL": "250 ok", "RCPT": "250 ok", "DATA": "354 go", ".": "250 ok"}[verb]
+        for refused in range(3):
+            replies = [*[fine] * refused, "550 5.7.1 no"]
+            script = ScriptedSmtp({verb: replies})
+            async with Server(script) as server:
+                smtp = client(server)
+                tasks = [flying(smtp, str(number)) for number in range(4)]
+                outcomes = [await task for task in tasks]
+                assert [o.accepted for o in outcomes] == [n != refused for n in range(4)]
+                assert outcomes[refused].step == {".": "end"}.get(verb, verb.lower())
+                expected = to(*(str(n) for n in range(4) if n != refused))
+                assert [d.rcpt for d in script.delivered] == expected
+                assert server.connections == 1
+                await smtp.close()
+
+    run(main())
+
+
+def test_who_is_behind_has_a_deadline_of_its_own(run: Run) -> None:
+    async def main() -> None:
+        script = ScriptedSmtp({".": ["late"]})
+        async with Server(script) as server:
+            smtp = client(server)
+            first, second, third = (flying(smtp, n, s) for n, s in (("1", 3), ("2", 0.2), ("3", 3)))
+            with pytest.raises(NotSent, match="timeout"):
+                await second
+            assert not first.done()
+            assert (await first).accepted
+            assert (await third).accepted
+            assert [d.rcpt for d in script.delivered] == to("1", "3")
+            await smtp.close()
+
+    run(main())
+
+
+def test_cancelling_who_is_behind_leaves_the_message_before_it_alone(run: Run) -> None:
+    async def main() -> None:
+        script = ScriptedSmtp({".": ["late"]})
+        async with Server(script) as server:
+            smtp = client(server)
+            first, second, third = (flying(smtp, name) for name in ("1", "2", "3"))
+            await eventually(lambda: bool(script.delivered))
+            second.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await second
+            assert (await first).accepted
+            assert (await third).accepted
+            assert [d.rcpt for d in script.delivered] == to("1", "3")
+            await smtp.close()
+
+    run(main())
+
+
+def test_what_can_not_be_written_is_passed_over(run: Run) -> None:
+    async def main() -> None:
+        script = ScriptedSmtp()
+        async with Server(script) as server:
+            smtp = client(server)
+            first = flying(smtp, "1")
+            bad = [flying(smtp, "<") for _ in range(50)]
+            last = flying(smtp, "2")
+            assert (await first).accepted and (await last).accepted
+            for task in bad:
+                with pytest.raises(InvalidInput):
+                    await task
+            assert [d.rcpt for d in script.delivered] == to("1", "2")
+            assert server.connections == 1
+            await smtp.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("why", ["no pipelining", "long text", "last of its session"])
+def test_where_nobody_may_be_behind(run: Run, why: str) -> None:
+    async def main() -> None:
+        script = ScriptedSmtp({".": "late"}, extensions=[] if why[0] == "n" else ["PIPELINING"])
+        async with Server(script) as server:
+            smtp = client(server, messages_per_connection=1 if why[:4] == "last" else 10)
+            data = TEXT * 4_000 if why == "long text" else TEXT
+            tasks = [asyncio.create_task(send(smtp, data=data)) for _ in range(2)]
+            await eventually(lambda: len(script.delivered) == 1)
+            await asyncio.sleep(0.1)
+            assert sum("MAIL" in command for command in script.commands) == 1
+            assert all([(await task).accepted for task in tasks])
+            assert server.connections == (2 if why == "last of its session" else 1)
+            await smtp.close()
+
+    run(main())
+
+
+ACTIONS = {
+    "MAIL": ("451 4.3.0 later", "421 4.3.2 bye", "drop", "reset", "late"),
+    "RCPT": ("550 5.1.1 nobody", "450 4.2.1 busy", "421 4.3.2 bye", "drop", "reset"),
+    "DATA": ("554 5.5.0 no", "drop", "reset", "hang", "late"),
+    ".": ("554 5.7.1 spam", "421 4.3.2 bye", "drop", "reset", "hang", "hang-after-taking", "late",
+          "no code", "250 2.0.0 ok\r\n421 4.3.2 bye"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_told_is_so_whatever_happens(run: Run, seed: int) -> None:
+    """No message is taken twice, none that was taken is told to be refused or not sent."""
+
+    async def main() -> None:
+        chance = random.Random(seed)
+        plan: dict[str, str | list[str]] = {
+            verb: [chance.choice(actions) if chance.random() < 0.15 else normal for _ in range(200)]
+            for (verb, actions), normal in zip(
+                ACTIONS.items(), ("250 ok", "250 ok", "354 go", "250 ok"), strict=True
+            )
+        }
+        script = ScriptedSmtp(plan)
+        async with Server(script) as server:
+            smtp = client(server, connections=3, messages_per_connection=chance.randint(2, 30))
+            names = [str(number) for number in range(60)]
+            tasks = {name: flying(smtp, name, chance.uniform(0.2, 1.2)) for name in names}
+            for name in chance.sample(names, 5):
+                asyncio.get_running_loop().call_later(chance.uniform(0, 0.3), tasks[name].cancel)
+            await asyncio.wait(tasks.values())
+            taken = [d.rcpt for d in script.delivered]
+            assert len(taken) == len(set(taken))
+            for name, task in tasks.items():
+                arrived = to(name)[0] in taken
+                if task.cancelled() or isinstance(task.exception(), InDoubt):
+                    continue
+                error = task.exception()
+                assert error is None or isinstance(error, NotSent), error
+                assert arrived == (error is None and task.result().accepted), (name, error)
+            script.script.clear()
+            assert (await send(smtp, "last@example.com")).accepted
             await smtp.close()
 
     run(main())
