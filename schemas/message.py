@@ -6,7 +6,7 @@ address and a rendered body. What is kept of them is the send id and the verdict
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -102,7 +102,7 @@ class Provider(Protocol):
 
     @property
     def connections(self) -> int:
-        """How many attempts can be in flight at once; more wait inside `send`."""
+        """How many attempts can be in flight at once; more wait inside."""
 
     async def open(self) -> None:
         """Prepare to send. Connections are made on demand; a server that is down is no error.
@@ -111,11 +111,15 @@ class Provider(Protocol):
             InvalidInput: the settings can't work (an address of our own, a URL).
         """
 
-    async def send(self, message: Message, deadline: timedelta) -> Answer:
+    def attempt(
+        self, message: Message, deadline: timedelta, done: Callable[[Answer | Exception], None]
+    ) -> Callable[[], None]:
         """Make one attempt within `deadline` (connect, write and answer together).
 
-        Never raises for trouble with the network or the provider, and never makes a second
-        attempt: every outcome is an Answer. If the caller cancels, the attempt is in doubt.
+        `done` is called once with what came of it, perhaps at once, on the same event loop.
+        Trouble with the network or the provider is an `Answer`; an exception is a defect. There is
+        never a second attempt. Returns what gives the attempt up: it is in doubt then, and `done`
+        is not called any more.
         """
 
     async def close(self) -> None:

@@ -154,41 +154,61 @@ W = TypeVar("W", bound=Wire)
 A = TypeVar("A")
 
 
+Done = Callable[[A | Exception], None]
+
+
 class Request(Generic[W, A]):
-    """What wants a wire until its deadline (loop time), and what became of it."""
+    """What wants a wire until its deadline (loop time). `done` hears of its end once.
 
-    __slots__ = ("answer", "until", "wire")
+    A callback, not a future: a task for each message would cost a tenth of what sending it does.
+    """
 
-    def __init__(self, until: float) -> None:
+    __slots__ = ("_done", "over", "until", "wire")
+
+    def __init__(self, until: float, done: Done[A]) -> None:
         self.until = until
-        self.answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        self.over = False
+        """Nobody waits for it any more."""
         self.wire: W | None = None
         """The wire that it has for itself at present."""
+        self._done = done
 
     def begin(self, wire: W) -> bool:
-        """Go out on a wire; false where it does not, after `failed`."""
+        """Go out on a wire; false where it does not, after its end."""
         raise NotImplementedError
 
-    def answered(self, answer: A) -> None:
-        """It has its answer."""
+    def end(self, result: A | Exception) -> None:
+        """It has its answer, or will have none."""
         self.wire = None
-        if not self.answer.done():
-            self.answer.set_result(answer)
+        if not self.over:
+            self.over = True
+            self._done(result)
 
-    def failed(self, error: BaseException) -> None:
-        """It will have none."""
-        self.wire = None
-        if not self.answer.done():
-            self.answer.set_exception(error)
+    def cancel(self) -> None:
+        """Wait no more. The wire that it has breaks: what is on it is in doubt."""
+        self.over = True
+        if self.wire is not None:
+            self.wire.abort()
 
-    async def result(self) -> A:
-        """The answer. Whoever is cancelled meanwhile breaks the wire: what is on it is in doubt."""
-        try:
-            return await self.answer
-        except asyncio.CancelledError:
-            if self.wire is not None:
-                self.wire.abort()
-            raise
+
+async def awaited(start: Callable[[Done[A]], Callable[[], None]]) -> A:
+    """The answer of what is started with a callback and says how it is cancelled."""
+    answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+
+    def done(result: A | Exception) -> None:
+        if answer.done():
+            return
+        if isinstance(result, Exception):
+            answer.set_exception(result)
+        else:
+            answer.set_result(result)
+
+    cancel = start(done)
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        cancel()
+        raise
 
 
 class Pool(Generic[W]):
@@ -216,7 +236,7 @@ class Pool(Generic[W]):
         what dialling raised.
         """
         if self._closed:
-            request.failed(_closed())
+            request.end(_closed())
             return
         idle = self._idle
         while idle:
@@ -239,7 +259,7 @@ class Pool(Generic[W]):
         waiting = self._waiting
         while waiting:
             request = waiting.popleft()
-            if not request.answer.done():
+            if not request.over:
                 return request
         return None
 
@@ -264,9 +284,9 @@ class Pool(Generic[W]):
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
-        for request in self._waiting:
-            request.failed(_closed())
-        self._waiting.clear()
+        waiting, self._waiting = self._waiting, deque()
+        for request in waiting:
+            request.end(_closed())
         self._idle.clear()
         for dial in self._dials:
             dial.cancel()
@@ -290,10 +310,10 @@ class Pool(Generic[W]):
     def _expire(self) -> None:
         self._timer = None
         now = asyncio.get_running_loop().time() + 0.001
-        for request in self._waiting:
+        for request in tuple(self._waiting):
             if request.until <= now:
-                request.failed(NotSent("queue-timeout", "all connections were busy"))
-        self._waiting = deque(one for one in self._waiting if not one.answer.done())
+                request.end(NotSent("queue-timeout", "all connections were busy"))
+        self._waiting = deque(one for one in self._waiting if not one.over)
         if self._waiting:
             self._watch(min(request.until for request in self._waiting))
 
@@ -308,9 +328,8 @@ class Pool(Generic[W]):
             wire = await self._connect(request.until)
         except BaseException as error:
             self._make_room()
-            stopped = isinstance(error, asyncio.CancelledError)
-            request.failed(_closed() if stopped else error)
-            if stopped or not isinstance(error, Exception):
+            request.end(error if isinstance(error, Exception) else _closed())
+            if not isinstance(error, Exception):
                 raise
             return
         self._all.add(wire)
@@ -320,8 +339,8 @@ class Pool(Generic[W]):
             self._all.discard(wire)
             self._make_room()
             lost = NotSent("connection-lost", "the server closed the new connection")
-            request.failed(_closed() if self._closed else lost)
-        elif request.answer.done() or not request.begin(wire):
+            request.end(_closed() if self._closed else lost)
+        elif request.over or not request.begin(wire):
             self.give(wire)
 
     def _make_room(self) -> None:

@@ -1,7 +1,7 @@
 """Delivery's loop: shape, render, claim, request, settle, outcome; all of it on one event loop.
 
 Each stream (a run's leg on one route) has a driver that takes batches for as long as it has work:
-permits, then tokens, then the ledger's leave, then one task a request. Waiting, paused and
+permits, then tokens, then the ledger's leave, then the requests. Waiting, paused and
 broken-circuit work holds no permit. An outcome is told only after the ledger has it.
 
 A permit is taken before the claim and given back after the settle: whoever kills the process leaves
@@ -172,6 +172,8 @@ class DeliveryLoop:
         self._lines: dict[tuple[str, str, str, str], Line] = {}
         self._keys: dict[int, Key] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._flying = 0
+        """Requests that have no answer yet."""
         self._random = random.Random()  # noqa: S311 - jitter of retries
         self._stopped = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -209,9 +211,9 @@ class DeliveryLoop:
         for desk in desks:
             desk.close_questions()
         until = self._loop.time() + self.policy.stop_timeout.total_seconds()
-        while self._tasks or not all(desk.idle for desk in desks):
+        while self._tasks or self._flying or not all(desk.idle for desk in desks):
             if self._loop.time() > until:
-                log.warning("stopped with %d requests in flight", len(self._tasks))
+                log.warning("stopped with %d requests in flight", self._flying)
                 return
             await asyncio.sleep(0.02)
 
@@ -514,7 +516,7 @@ class DeliveryLoop:
             else:
                 sent += 1
                 repeated = verdict.kind is VerdictKind.REPEATED
-                self._spawn(self._request(work, index, message, account, repeated))
+                self._request(work, index, message, account, repeated)
         _wake(work.line)
         return claimed, sent
 
@@ -547,26 +549,46 @@ class DeliveryLoop:
 
     # A request and its end
 
-    async def _request(
+    def _request(
         self, work: Work, index: int, message: Message, account: Account, repeated: bool
     ) -> None:
         """One attempt: it leaves only here, after its claim."""
-        counts = self.counts
-        counts["requests"] += 1
+        self.counts["requests"] += 1
         if repeated:
-            counts["repeated"] += 1
-        answer = await account.provider.send(message, self.policy.request_timeout)
-        counts[_ANSWERS[answer.verdict]] += 1
-        _note(account, answer)
-        following = after_answer(
-            answer,
-            work.tries_of(index),
-            work.line.routes,
-            self.policy.lane,
-            self.policy.retry,
-            self._random,
+            self.counts["repeated"] += 1
+        self._flying += 1
+        account.provider.attempt(
+            message,
+            self.policy.request_timeout,
+            lambda answer: self._answered(work, index, account, repeated, answer),
         )
-        self._settle(work, index, following, answer, account, account.name, repeated)
+
+    def _answered(
+        self,
+        work: Work,
+        index: int,
+        account: Account,
+        repeated: bool,
+        answer: Answer | Exception,
+    ) -> None:
+        self._flying -= 1
+        if isinstance(answer, Exception):
+            self._failed(answer)
+            return
+        try:
+            self.counts[_ANSWERS[answer.verdict]] += 1
+            _note(account, answer)
+            following = after_answer(
+                answer,
+                work.tries_of(index),
+                work.line.routes,
+                self.policy.lane,
+                self.policy.retry,
+                self._random,
+            )
+            self._settle(work, index, following, answer, account, account.name, repeated)
+        except Exception as error:  # a defect: the job must fail, not the connection
+            self._failed(error)
 
     def _close(
         self, work: Work, index: int, account: Account | None, reason: Reason, detail: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from urllib.parse import urlsplit
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from schemas.errors import InvalidInput
-from sinks.connections import Endpoint, InDoubt, NotSent, Pool, Request, Wire
+from sinks.connections import Endpoint, InDoubt, NotSent, Pool, Request, Wire, awaited
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +152,21 @@ class HttpClient:
             NotSent: the request did not leave whole.
             InDoubt: it left, and no answer came.
         """
+        return await awaited(lambda done: self.submit(prepared, body, deadline, done))
+
+    def submit(
+        self,
+        prepared: PreparedRequest,
+        body: bytes,
+        deadline: timedelta,
+        done: Callable[[HttpAnswer | Exception], None],
+    ) -> Callable[[], None]:
+        """`request`, with the answer, or what it would raise, given to `done`; returns what cancels
+        it."""
         until = asyncio.get_running_loop().time() + deadline.total_seconds()
-        request = _Exchange(b"%b%d\r\n\r\n%b" % (prepared.head, len(body), body), until)
+        request = _Exchange(b"%b%d\r\n\r\n%b" % (prepared.head, len(body), body), until, done)
         self._pool.submit(request)
-        return await request.result()
+        return request.cancel
 
     async def close(self) -> None:
         """Close all connections; requests in flight end as their phase says."""
@@ -174,8 +185,10 @@ class _Exchange(Request["_HttpWire", HttpAnswer]):
 
     __slots__ = ("data",)
 
-    def __init__(self, data: bytes, until: float) -> None:
-        super().__init__(until)
+    def __init__(
+        self, data: bytes, until: float, done: Callable[[HttpAnswer | Exception], None]
+    ) -> None:
+        super().__init__(until, done)
         self.data = data
 
     def begin(self, wire: _HttpWire) -> bool:
@@ -296,8 +309,5 @@ class _HttpWire(Wire):
             self._reset()
         else:
             self.transport.abort()
-        if isinstance(result, HttpAnswer):
-            request.answered(result)
-        else:
-            request.failed(result)
+        request.end(result)
         self._pool.give(self)

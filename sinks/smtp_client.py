@@ -21,7 +21,7 @@ from enum import Enum
 from typing import NamedTuple, cast
 
 from schemas.errors import InvalidInput, Unavailable
-from sinks.connections import Endpoint, InDoubt, NotSent, Pool, Request, Wire
+from sinks.connections import Endpoint, InDoubt, NotSent, Pool, Request, Wire, awaited
 
 
 class SmtpTls(Enum):
@@ -168,10 +168,20 @@ class SmtpClient:
             InDoubt: after.
             SmtpRefused: no session could be opened.
         """
+        return await awaited(lambda done: self.submit(make, deadline, done))
+
+    def submit(
+        self,
+        make: Callable[[Extensions], Envelope],
+        deadline: timedelta,
+        done: Callable[[SmtpOutcome | Exception], None],
+    ) -> Callable[[], None]:
+        """`send`, with the outcome, or what it would raise, given to `done`; returns what cancels
+        it."""
         until = asyncio.get_running_loop().time() + deadline.total_seconds()
-        request = _Sending(make, until)
+        request = _Sending(make, until, done)
         self._pool.submit(request)
-        return await request.result()
+        return request.cancel
 
     async def close(self) -> None:
         """Leave all sessions. Idempotent."""
@@ -289,8 +299,13 @@ class _Sending(Request["_SmtpWire", SmtpOutcome]):
 
     __slots__ = ("_make", "commands", "data")
 
-    def __init__(self, make: Callable[[Extensions], Envelope], until: float) -> None:
-        super().__init__(until)
+    def __init__(
+        self,
+        make: Callable[[Extensions], Envelope],
+        until: float,
+        done: Callable[[SmtpOutcome | Exception], None],
+    ) -> None:
+        super().__init__(until, done)
         self._make = make
         self.commands: list[bytes] = []
         self.data = b""
@@ -309,7 +324,7 @@ class _Sending(Request["_SmtpWire", SmtpOutcome]):
                 if not _ADDRESS.fullmatch(address):
                     raise InvalidInput("an envelope address would break the SMTP session")
         except Exception as error:
-            self.failed(error)
+            self.end(error)
             return False
         mail = f"MAIL FROM:<{envelope.mail_from}>"
         if offered.size:
@@ -526,7 +541,7 @@ class _SmtpWire(Wire):
         if following is None or self.loop.time() >= self._phase_until - 0.001:
             self._fail("timeout")
         else:  # It stays where it is: the session ends before its text is asked for.
-            following.failed(NotSent("timeout", "the message before it took too long"))
+            following.end(NotSent("timeout", "the message before it took too long"))
             self.busy_until(self._phase_until)
 
     def _fail(self, reason: str) -> None:
@@ -550,14 +565,14 @@ class _SmtpWire(Wire):
         if message is None:
             return
         self._current = self._next = None
-        if following is not None and self.usable and not following.answer.done():
+        if following is not None and self.usable and not following.over:
             self._begin(following, _STEPS)
             self._phase(following, self._command_s)
         else:
             self.busy_until(0.0)
             if following is not None:
                 self.usable = False
-                following.failed(NotSent("connection-lost", "the session ended before its turn"))
+                following.end(NotSent("connection-lost", "the session ended before its turn"))
             if not self.usable:
                 self.transport.abort()
             elif self._messages_left <= 0:
@@ -566,7 +581,4 @@ class _SmtpWire(Wire):
                 self._free = True
             else:
                 self._pool.give(self)
-        if isinstance(result, SmtpOutcome):
-            message.answered(result)
-        else:
-            message.failed(result)
+        message.end(result)

@@ -7,10 +7,14 @@ used: most retry silently, which makes duplicates.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
 
-from schemas.message import Answer, Verdict
-from sinks.connections import InDoubt, NotSent
+from schemas.message import Answer, Message, Verdict
+from sinks.connections import InDoubt, NotSent, awaited
 
+R = TypeVar("R")
 _ADDRESS = re.compile(r"[^\s<>\"'(),:;\[\]]+@[^\s<>\"'(),:;\[\]]+")
 _SECRET = re.compile(r"(?i)(?:bearer|basic)\s+\S+|SG\.[\w\-.]+|[A-Za-z0-9_\-+/=]{40,}")
 _DETAIL_CHARS = 200
@@ -42,3 +46,27 @@ def not_sent(error: NotSent) -> Answer:
 def in_doubt(error: InDoubt) -> Answer:
     """The answer for a request that left and was not answered."""
     return Answer(Verdict.IN_DOUBT, error.reason, detail=scrub(str(error)))
+
+
+class Adapter:
+    """What adapters have in common: an attempt can be awaited."""
+
+    def attempt(
+        self, message: Message, deadline: timedelta, done: Callable[[Answer | Exception], None]
+    ) -> Callable[[], None]:
+        """See `Provider.attempt`."""
+        raise NotImplementedError
+
+    async def send(self, message: Message, deadline: timedelta) -> Answer:
+        """Make one attempt. Whoever is cancelled meanwhile gives it up."""
+        return await awaited(lambda done: self.attempt(message, deadline, done))
+
+
+def defects_told(
+    answer: Callable[[Message, R], Answer | Exception], message: Message, result: R
+) -> Answer | Exception:
+    """What a result means. A defect in finding that out must reach the loop, not the connection."""
+    try:
+        return answer(message, result)
+    except Exception as error:
+        return error

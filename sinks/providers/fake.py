@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from schemas.message import Answer, Message, Verdict
+from sinks.providers import Adapter
 
 Script = Callable[[Message], Answer | None]
 """What to answer to a message; None never answers, as a provider that hangs."""
@@ -20,7 +21,7 @@ def accept(message: Message) -> Answer:
     return Answer(Verdict.ACCEPTED, "accepted", f"fake-{message.send_id}")
 
 
-class FakeProvider:
+class FakeProvider(Adapter):
     """A `Provider`. One instance belongs to one event loop.
 
     Args:
@@ -46,6 +47,7 @@ class FakeProvider:
         self._latency = latency
         self._room = asyncio.Semaphore(connections)
         self._closing = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def connections(self) -> int:
@@ -59,8 +61,29 @@ class FakeProvider:
         """What hangs is answered IN_DOUBT; what comes later does not leave."""
         self._closing.set()
 
-    async def send(self, message: Message, deadline: timedelta) -> Answer:
-        """Answer as the script says; see `Provider.send`."""
+    def attempt(
+        self, message: Message, deadline: timedelta, done: Callable[[Answer | Exception], None]
+    ) -> Callable[[], None]:
+        """Answer as the script says; see `Provider.attempt`."""
+
+        async def answer() -> None:
+            found: Answer | Exception
+            try:
+                found = await self._answer(message, deadline)
+            except Exception as error:  # of the script
+                found = error
+            done(found)
+
+        task = asyncio.get_running_loop().create_task(answer())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+        def give_up() -> None:
+            task.cancel()
+
+        return give_up
+
+    async def _answer(self, message: Message, deadline: timedelta) -> Answer:
         left = False
         try:
             async with asyncio.timeout(deadline.total_seconds()), self._room:

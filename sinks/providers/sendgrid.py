@@ -21,7 +21,7 @@ from schemas.errors import InvalidInput
 from schemas.message import Answer, Message, Verdict
 from sinks.connections import InDoubt, NotSent
 from sinks.http1 import DEFAULT_TIMEOUTS, HttpAnswer, HttpClient, HttpTimeouts, PreparedRequest
-from sinks.providers import in_doubt, not_sent, scrub
+from sinks.providers import Adapter, defects_told, in_doubt, not_sent, scrub
 from transforms.mime import Unsendable, checked_headers, checked_unsubscribe_url, envelope_address
 from transforms.rendering import clean_header_text
 
@@ -35,11 +35,15 @@ _RESERVED = frozenset({
 })  # fmt: skip
 
 
+def _nothing() -> None:
+    """There is nothing to give up."""
+
+
 def _now() -> datetime:
     return datetime.now(UTC)
 
 
-class SendGrid:
+class SendGrid(Adapter):
     """A `Provider`. One instance belongs to one event loop.
 
     Args:
@@ -99,23 +103,36 @@ class SendGrid:
         """Close all connections."""
         await self._http.close()
 
-    async def send(self, message: Message, deadline: timedelta) -> Answer:
-        """Make one attempt; see `Provider.send`."""
+    def attempt(
+        self, message: Message, deadline: timedelta, done: Callable[[Answer | Exception], None]
+    ) -> Callable[[], None]:
+        """See `Provider.attempt`."""
         try:
             body = self._body(message)
         except Unsendable as error:
-            return Answer(Verdict.REFUSED, error.reason, detail=scrub(str(error)))
+            done(Answer(Verdict.REFUSED, error.reason, detail=scrub(str(error))))
+            return _nothing
         except (TypeError, UnicodeError):
-            return Answer(Verdict.REFUSED, "invalid-text", detail="the text is no valid Unicode")
-        try:
-            answer = await self._http.request(self._request, body, deadline)
-        except NotSent as error:
-            return not_sent(error)
-        except InDoubt as error:
-            return in_doubt(error)
-        if answer.status == 202:
-            return Answer(Verdict.ACCEPTED, "accepted", answer.header("x-message-id"))
-        return self._refusal(answer, message)
+            done(Answer(Verdict.REFUSED, "invalid-text", detail="the text is no valid Unicode"))
+            return _nothing
+        return self._http.submit(
+            self._request,
+            body,
+            deadline,
+            lambda result: done(defects_told(self._answer, message, result)),
+        )
+
+    def _answer(self, message: Message, result: HttpAnswer | Exception) -> Answer | Exception:
+        """What an answer means."""
+        if isinstance(result, NotSent):
+            return not_sent(result)
+        if isinstance(result, InDoubt):
+            return in_doubt(result)
+        if isinstance(result, Exception):
+            return result
+        if result.status == 202:
+            return Answer(Verdict.ACCEPTED, "accepted", result.header("x-message-id"))
+        return self._refusal(result, message)
 
     def _body(self, message: Message) -> bytes:
         head, tail = self._skeleton(message)

@@ -16,7 +16,7 @@ from typing import Any
 
 from schemas.message import Answer, Message, Verdict
 from sinks.connections import InDoubt, NotSent
-from sinks.providers import in_doubt, not_sent, scrub
+from sinks.providers import Adapter, defects_told, in_doubt, not_sent, scrub
 from sinks.smtp_client import (
     DEFAULT_TIMEOUTS,
     Envelope,
@@ -43,7 +43,7 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-class Smtp:
+class Smtp(Adapter):
     """A `Provider`. One instance belongs to one event loop.
 
     Args:
@@ -105,23 +105,31 @@ class Smtp:
         """Leave all sessions."""
         await self._client.close()
 
-    async def send(self, message: Message, deadline: timedelta) -> Answer:
-        """Make one attempt; see `Provider.send`."""
-        try:
-            outcome = await self._client.send(
-                lambda offered: self._envelope(message, offered), deadline
-            )
-        except Unsendable as error:
-            return Answer(Verdict.REFUSED, error.reason, detail=scrub(str(error)))
-        except NotSent as error:
-            return not_sent(error)
-        except InDoubt as error:
-            return in_doubt(error)
-        except SmtpRefused as error:
-            outcome = error.outcome
-        if outcome.accepted:
-            return Answer(Verdict.ACCEPTED, "accepted", _queue_id(outcome.reply.text))
-        return self._refusal(outcome, message)
+    def attempt(
+        self, message: Message, deadline: timedelta, done: Callable[[Answer | Exception], None]
+    ) -> Callable[[], None]:
+        """See `Provider.attempt`."""
+        return self._client.submit(
+            lambda offered: self._envelope(message, offered),
+            deadline,
+            lambda result: done(defects_told(self._answer, message, result)),
+        )
+
+    def _answer(self, message: Message, result: SmtpOutcome | Exception) -> Answer | Exception:
+        """What an outcome means."""
+        if isinstance(result, SmtpRefused):
+            result = result.outcome
+        if isinstance(result, SmtpOutcome):
+            if result.accepted:
+                return Answer(Verdict.ACCEPTED, "accepted", _queue_id(result.reply.text))
+            return self._refusal(result, message)
+        if isinstance(result, NotSent):
+            return not_sent(result)
+        if isinstance(result, InDoubt):
+            return in_doubt(result)
+        if isinstance(result, Unsendable):
+            return Answer(Verdict.REFUSED, result.reason, detail=scrub(str(result)))
+        return result
 
     def _envelope(self, message: Message, offered: Extensions) -> Envelope:
         skeleton = self._skeleton(message)
