@@ -63,7 +63,7 @@ from transforms.ledger import (
 
 PEOPLE = 40_000
 LATENCY_MS = 50
-IN_FLIGHT = {"smtp": 128, "http": 512}
+IN_FLIGHT = {"smtp": 192, "http": 768}
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +261,7 @@ def _place(people: int) -> Iterator[_Place]:
             smtp = f"127.0.0.1:{ports['smtp_port']}"
             http = f"http://127.0.0.1:{ports['http_port']}"
             makers = {
-                "smtp": partial(smtp_account, smtp, "bench", SmtpTls.NONE, ("", ""), 64, True),
+                "smtp": partial(smtp_account, smtp, "bench", SmtpTls.NONE, ("", ""), 32, True),
                 "http": partial(sendgrid_account, http, "key", 512, True),
             }
             yield _Place(url, store, built, makers, (redis, simulator))

@@ -88,7 +88,9 @@ class DeliverySettings(JobSettings):
     """Empty: no SendGrid route."""
     sendgrid_per_second: float | None = None
     sendgrid_per_minute: float | None = None
-    sendgrid_in_flight: int = Field(default=512, ge=1)
+    sendgrid_connections: int = Field(default=512, ge=1)
+    sendgrid_in_flight: int = Field(default=768, ge=1)
+    """More than connections, so that some are claimed and settled while others are sent."""
     smtp: str = ""
     """``host:port`` of the SMTP relay; empty: no SMTP route."""
     smtp_hostname: str = "localhost"
@@ -98,9 +100,11 @@ class DeliverySettings(JobSettings):
     smtp_password: SecretStr = SecretStr("")
     smtp_per_second: float | None = None
     smtp_per_minute: float | None = None
-    smtp_connections: int = Field(default=64, ge=1)
-    smtp_in_flight: int = Field(default=128, ge=1)
-    """More than connections, so that some are claimed and settled while others are sent."""
+    smtp_connections: int = Field(default=32, ge=1)
+    """Postfix lets a client have 50 unless told otherwise (smtpd_client_connection_count_limit)."""
+    smtp_in_flight: int = Field(default=192, ge=1)
+    """Several for each connection: one goes out behind the other's dot, others are claimed or
+    settled meanwhile."""
     critical_reserve: float = Field(default=0.1, ge=0, lt=1)
     """The share of each account's burst that the critical lane alone may take."""
     allow_private: bool = False
@@ -129,7 +133,7 @@ class DeliverySettings(JobSettings):
                         sendgrid_account,
                         self.sendgrid_url,
                         self.sendgrid_key.get_secret_value(),
-                        self.sendgrid_in_flight,
+                        self.sendgrid_connections,
                         self.allow_private,
                     ),
                 )

@@ -41,7 +41,9 @@ MEANINGS = {
     "sendgrid_url": "SendGrid's address, or a simulator's.",
     "sendgrid_per_second": "The account's limit, for all processes together; not set: none.",
     "sendgrid_per_minute": "Likewise.",
-    "sendgrid_in_flight": "Requests under way at once, of each subtask.",
+    "sendgrid_connections": "Connections at once, of each subtask: requests under way.",
+    "sendgrid_in_flight": "Messages claimed and not yet settled at once, of each subtask: a kill "
+    "leaves so many unknown at most.",
     "smtp_security": "`starttls`, `implicit` or `none`.",
     "smtp_user": "Empty: no login.",
     "smtp_password": "The relay's password.",

@@ -20,7 +20,7 @@ RATE = 400.0
 LATENCY_MS = 400.0
 STOPPED_S = 8.0
 """Longer than delivery waits for one answer of Redis."""
-IN_FLIGHT = 512
+IN_FLIGHT = 768
 """What delivery lets be in flight at the account at most (``sendgrid_in_flight``)."""
 
 
