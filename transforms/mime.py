@@ -290,18 +290,24 @@ _REFERENCE = re.compile(r"(?:\d{1,3}\.\d{1,10}\.\d{1,10})?")
 _LONGEST_LINE = 998
 
 
+def _lines_fit(raw: bytes) -> bool:
+    """Whether no line is longer than a message may have it; looks at one line in a thousand bytes."""
+    at, last = 0, len(raw) - _LONGEST_LINE
+    while at < last:
+        end = raw.rfind(b"\n", at, at + _LONGEST_LINE + 1)
+        if end < 0:
+            return False
+        at = end + 1
+    return True
+
+
 def _part(kind: bytes, text: str, boundary: str, eight_bit: bool) -> bytes:
     """Headers, blank line and body of one text part."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     raw = text.encode("utf-8", "replace")
     ascii_only = len(raw) == len(text)
-    if (
-        (ascii_only or eight_bit)
-        and max(map(len, raw.split(b"\n"))) <= _LONGEST_LINE
-        and boundary not in text
-        and b"\0" not in raw
-    ):
+    if (ascii_only or eight_bit) and _lines_fit(raw) and boundary not in text and b"\0" not in raw:
         encoding = b"7bit" if ascii_only else b"8bit"
         body = raw.replace(b"\n", b"\r\n")
     elif 5 * (len(raw) - len(text)) < len(raw) and b"\0" not in raw:
