@@ -67,21 +67,20 @@ def deliver(where: Home, built: BuiltAudience, run: str, route: Route) -> dict[s
 
 
 def run() -> dict[str, float]:
-    """Measure by two subtasks, one for each core, and by one; {figure: number}."""
+    """Measure; {figure: number}."""
     figures: dict[str, float] = {}
-    for subtasks, name in ((2, ""), (1, "_one_subtask")):
-        with (
-            own_stack(("delivery",), taskmanagers=subtasks, parallelism=subtasks) as where,
-            tempfile.TemporaryDirectory(prefix="fanfare-bench-") as folder,
-        ):
-            store = FileStore(where.store)
-            warm = audience(store, Path(folder), WARM, first=10_000_000)
-            built = audience(store, Path(folder), PEOPLE)
-            latency = {"kind": "fixed", "ms": LATENCY_MS}
-            control = Control(endpoints(where).simulator)
-            control.configure({"webhooks": {"url": None}, "sendgrid": {"latency": latency}})
-            for kind, route in (("smtp", SMTP), ("http", SENDGRID)):
-                deliver(where, warm, f"bench-warm-{kind}", route)
-                found = deliver(where, built, f"bench-{kind}", route)
-                figures |= {f"{kind}{name}_{figure}": number for figure, number in found.items()}
+    with (
+        own_stack(("delivery",), taskmanagers=1) as where,
+        tempfile.TemporaryDirectory(prefix="fanfare-bench-") as folder,
+    ):
+        store = FileStore(where.store)
+        warm = audience(store, Path(folder), WARM, first=10_000_000)
+        built = audience(store, Path(folder), PEOPLE)
+        latency = {"kind": "fixed", "ms": LATENCY_MS}
+        control = Control(endpoints(where).simulator)
+        control.configure({"webhooks": {"url": None}, "sendgrid": {"latency": latency}})
+        for kind, route in (("smtp", SMTP), ("http", SENDGRID)):
+            deliver(where, warm, f"bench-warm-{kind}", route)
+            found = deliver(where, built, f"bench-{kind}", route)
+            figures |= {f"{kind}_{name}": number for name, number in found.items()}
     return figures

@@ -291,7 +291,7 @@ _LONGEST_LINE = 998
 
 
 def _lines_fit(raw: bytes) -> bool:
-    """Whether no line is longer than a message may have it; looks at one line in a thousand bytes."""
+    """Whether no line is too long for a message. Looks at one line in a thousand bytes."""
     at, last = 0, len(raw) - _LONGEST_LINE
     while at < last:
         end = raw.rfind(b"\n", at, at + _LONGEST_LINE + 1)
