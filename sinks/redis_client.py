@@ -20,13 +20,12 @@ from importlib.resources import files
 from typing import Any
 
 import redis
-import redis.asyncio
-from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.retry import Retry
 
 from schemas.errors import FanfareError, Unavailable
+from sinks.redis_pipeline import PipelinedRedis
 
 TIMEOUT = timedelta(seconds=5)
 """How long a call waits for Redis unless told otherwise."""
@@ -46,7 +45,7 @@ _PASSING = (
 """Beginnings of error answers that say 'not now'. All others are defects, and pass as they are."""
 
 Client = redis.Redis
-AsyncClient = redis.asyncio.Redis
+AsyncClient = PipelinedRedis
 
 
 def command(client: Client, *words: Any) -> Any:
@@ -57,8 +56,7 @@ def command(client: Client, *words: Any) -> Any:
 
 async def command_async(client: AsyncClient, *words: Any) -> Any:
     """The answer to a command; errors are redis-py's."""
-    execute: Any = client.execute_command
-    return await execute(*words)
+    return await client.execute_command(*words)
 
 
 def connect(url: str, timeout: timedelta = TIMEOUT, connections: int = 4) -> Client:
@@ -77,20 +75,9 @@ def connect(url: str, timeout: timedelta = TIMEOUT, connections: int = 4) -> Cli
     return redis.Redis(connection_pool=pool)
 
 
-def connect_async(url: str, timeout: timedelta = TIMEOUT, connections: int = 16) -> AsyncClient:
-    """A client for an asyncio loop; calls beyond ``connections`` at once wait for one."""
-    seconds = timeout.total_seconds()
-    pool = redis.asyncio.BlockingConnectionPool.from_url(
-        url,
-        max_connections=connections,
-        timeout=seconds,
-        socket_timeout=seconds,
-        socket_connect_timeout=seconds,
-        socket_keepalive=True,
-        retry=AsyncRetry(NoBackoff(), 0),
-        retry_on_error=[],
-    )
-    return redis.asyncio.Redis(connection_pool=pool)
+def connect_async(url: str, timeout: timedelta = TIMEOUT) -> AsyncClient:
+    """A client for an asyncio loop."""
+    return PipelinedRedis(url, timeout)
 
 
 @contextmanager

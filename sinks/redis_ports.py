@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import Any
 
 from schemas.ids import LegId, RunId, Tenant
 from schemas.reasons import Lane, RunStatus
@@ -61,7 +60,7 @@ class RedisLedger:
 
     async def close(self) -> None:
         """Let the connections go."""
-        await _close(self._client)
+        await self._client.aclose()
 
 
 class RedisShaper:
@@ -90,7 +89,7 @@ class RedisShaper:
 
     async def close(self) -> None:
         """Let the connections go."""
-        await _close(self._client)
+        await self._client.aclose()
 
 
 class RedisRegistry:
@@ -151,12 +150,6 @@ class RedisOptOuts:
             recipient_key(tenant, recipient_id),
             [scope(channel, topic)],
         )
-
-
-async def _close(client: AsyncClient) -> None:
-    close: Any = client.aclose
-    await close()
-    await client.connection_pool.disconnect()
 
 
 def connect_ledger(url: str) -> RedisLedger:

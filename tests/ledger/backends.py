@@ -118,7 +118,7 @@ class RedisBackend:
     def __init__(self, url: str) -> None:
         self._loop = asyncio.new_event_loop()
         self.client = connect(url)
-        self.aclient = connect_async(url, connections=4)
+        self.aclient = connect_async(url)
 
     def close(self) -> None:
         self.run(self.aclient.aclose())  # type: ignore[attr-defined]

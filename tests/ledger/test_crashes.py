@@ -87,7 +87,7 @@ def test_killed_amid_claims_keeps_what_it_acknowledged(own_redis: RedisServer) -
     answered: list[int] = []
 
     async def claim_until_it_dies() -> Seen:
-        client = connect_async(own_redis.url, timedelta(seconds=5), connections=2)
+        client = connect_async(own_redis.url, timedelta(seconds=5))
         mine = await writer(client)
         killer = threading.Timer(0.3, own_redis.kill)
         killer.start()
@@ -103,7 +103,7 @@ def test_killed_amid_claims_keeps_what_it_acknowledged(own_redis: RedisServer) -
             return mine.seen
         finally:
             killer.join()
-            await client.aclose()  # type: ignore[attr-defined]
+            await client.aclose()
         pytest.fail("Redis outlived all claims")
 
     seen = asyncio.run(claim_until_it_dies())
@@ -122,7 +122,7 @@ def test_same_writer_goes_on_after_a_restart(own_redis: RedisServer) -> None:
     prepare(own_redis)
 
     async def go() -> None:
-        client = connect_async(own_redis.url, timedelta(seconds=2), connections=3)
+        client = connect_async(own_redis.url, timedelta(seconds=2))
         mine = await writer(client)
         await mine.claim(ask(1), ask(2))
         own_redis.kill()
@@ -141,7 +141,7 @@ def test_same_writer_goes_on_after_a_restart(own_redis: RedisServer) -> None:
         command(command_client, "SCRIPT FLUSH")
         command_client.close()
         assert (await mine.claim(ask(3))).verdicts[0].kind is VerdictKind.CLAIMED
-        await client.aclose()  # type: ignore[attr-defined]
+        await client.aclose()
 
     asyncio.run(go())
 
@@ -151,7 +151,7 @@ def test_stopped_and_continued_carries_each_call_out_once(own_redis: RedisServer
     prepare(own_redis)
 
     async def go() -> None:
-        client = connect_async(own_redis.url, timedelta(seconds=0.3), connections=4)
+        client = connect_async(own_redis.url, timedelta(seconds=0.3))
         mine = await writer(client)
         await mine.claim(ask(0))
         before = mine.seen.seq
@@ -174,7 +174,7 @@ def test_stopped_and_continued_carries_each_call_out_once(own_redis: RedisServer
         await mine.settle(Settlement(1, 1, 1, Action.RELEASE))
         await asyncio.sleep(0.3)
         assert (await mine.claim(ask(1, 2))).verdicts[0].kind is VerdictKind.CLAIMED
-        await client.aclose()  # type: ignore[attr-defined]
+        await client.aclose()
 
     asyncio.run(go())
 
@@ -186,7 +186,7 @@ def test_restored_empty_is_missing(own_redis: RedisServer) -> None:
         client = connect_async(own_redis.url)
         mine = await writer(client)
         await mine.claim(ask(1))
-        await client.connection_pool.disconnect()
+        await client.disconnect()
         own_redis.restore(None)
         with pytest.raises(MissingLedger):
             await mine.claim(ask(2))
@@ -194,7 +194,7 @@ def test_restored_empty_is_missing(own_redis: RedisServer) -> None:
             await mine.settle(Settlement(1, 1, 1, Action.ACCEPT))
         with pytest.raises(MissingLedger):
             await writer(client)
-        await client.aclose()  # type: ignore[attr-defined]
+        await client.aclose()
 
     asyncio.run(go())
 
@@ -209,7 +209,7 @@ def test_restored_older_is_rolled_back(own_redis: RedisServer, tmp_path: Path) -
         await mine.claim(ask(1))
         own_redis.keep(older)
         await mine.claim(ask(2))
-        await client.connection_pool.disconnect()
+        await client.disconnect()
         own_redis.restore(older)
         with pytest.raises(LedgerRolledBack):
             await mine.claim(ask(3))
@@ -218,7 +218,7 @@ def test_restored_older_is_rolled_back(own_redis: RedisServer, tmp_path: Path) -
         successor = await writer(client, mine.seen)
         with pytest.raises(LedgerRolledBack):
             await successor.claim(ask(3))
-        await client.aclose()  # type: ignore[attr-defined]
+        await client.aclose()
 
     asyncio.run(go())
 
@@ -231,11 +231,11 @@ def test_restored_before_the_epoch_is_rolled_back(own_redis: RedisServer, tmp_pa
         client = connect_async(own_redis.url)
         own_redis.keep(older)
         mine = await writer(client)
-        await client.connection_pool.disconnect()
+        await client.disconnect()
         own_redis.restore(older)
         with pytest.raises(LedgerRolledBack):
             await mine.claim(ask(1))
-        await client.aclose()  # type: ignore[attr-defined]
+        await client.aclose()
 
     asyncio.run(go())
 
@@ -261,7 +261,7 @@ def test_lost_bitmap_or_meta_is_never_read_as_untouched(own_redis: RedisServer) 
         with pytest.raises(FanfareError, match="rebuild"):
             ledger_upkeep.create(plain, TENANT, RUN, LEG, all_shards(5000), "d1")
         plain.close()
-        await client.aclose()  # type: ignore[attr-defined]
+        await client.aclose()
 
     asyncio.run(go())
 
@@ -283,7 +283,7 @@ def test_predecessor_that_still_runs_is_fenced(own_redis: RedisServer) -> None:
         plain = connect(own_redis.url)
         assert isinstance(ledger_upkeep.list_open(plain, REF)[2], Claim)
         plain.close()
-        await client.aclose()  # type: ignore[attr-defined]
+        await client.aclose()
 
     asyncio.run(go())
 
@@ -292,12 +292,12 @@ def test_concurrent_calls_of_one_writer_take_turns(own_redis: RedisServer) -> No
     prepare(own_redis)
 
     async def go() -> None:
-        client = connect_async(own_redis.url, connections=8)
+        client = connect_async(own_redis.url)
         mine = await writer(client)
         first = mine.seen.seq
         answers = await asyncio.gather(*[mine.claim(ask(i), ask(i + 1)) for i in range(0, 200, 2)])
         assert sorted(each.seq for each in answers) == list(range(first + 1, first + 101))
-        await client.aclose()  # type: ignore[attr-defined]
+        await client.aclose()
 
     asyncio.run(go())
 
@@ -345,7 +345,7 @@ def test_opt_outs_are_forgotten_after_twenty_minutes(own_redis: RedisServer) -> 
         aclient = connect_async(own_redis.url)
         mine = await writer(aclient)
         assert (await mine.claim(ask(1))).verdicts[0].kind is VerdictKind.CLAIMED
-        await aclient.aclose()  # type: ignore[attr-defined]
+        await aclient.aclose()
 
     asyncio.run(go())
     ledger_upkeep.opt_out(client, 9, RecipientKey(b"1" * 8), ["*/*"])

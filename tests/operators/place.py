@@ -169,7 +169,7 @@ class Place:
                 after = Seen(seen.dataset, answer.seq)
                 done = await ledger.settle(client, ref, self.owner, after, [settlement])
                 assert isinstance(done, Settlements), done
-        await client.connection_pool.disconnect()
+        await client.disconnect()
 
     def claim_as(self, owner: Owner, seen: Seen, mail: Mail) -> Any:
         """Claim as a process that has seen the ledger before."""
@@ -185,7 +185,7 @@ class Place:
                         return answer.verdicts[0]
                     seen_now[0] = Seen(seen.dataset, answer.seq)
             finally:
-                await client.connection_pool.disconnect()
+                await client.disconnect()
 
         seen_now = [seen]
         return asyncio.run(ask())

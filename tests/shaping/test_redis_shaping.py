@@ -218,7 +218,7 @@ def test_limit_holds_across_connections_by_the_clock(
     publish(client, 1, RunStatus.RUNNING, 300.0)
 
     async def go() -> list[tuple[int, int]]:
-        aclient = connect_async(shaping_redis.url, connections=6)
+        aclient = connect_async(shaping_redis.url)
         grants: list[tuple[int, int]] = []
         end = time.monotonic() + 2.5
 
@@ -231,7 +231,7 @@ def test_limit_holds_across_connections_by_the_clock(
                 await asyncio.sleep(grant.wait_ms / 1000)
 
         await asyncio.gather(*[worker() for _ in range(6)])
-        await aclient.aclose()  # type: ignore[attr-defined]
+        await aclient.aclose()
         return sorted(grants)
 
     grants = asyncio.run(go())
@@ -249,7 +249,7 @@ def test_pause_stops_grants_at_once_everywhere(
         try:
             return await shaping.take(aclient, 5, Lane.PROMOTIONAL, ROUTE, Limits(), TENANT, RUN)
         finally:
-            await aclient.aclose()  # type: ignore[attr-defined]
+            await aclient.aclose()
 
     assert asyncio.run(take()).granted == 0, "a run never heard of"
     assert publish(client, 1, RunStatus.RUNNING, None) == 65
@@ -294,7 +294,7 @@ def test_promotional_tokens_need_a_run(shaping_redis: RedisServer) -> None:
         grant = await shaping.take(aclient, 1, Lane.CRITICAL, ROUTE, Limits(), TENANT, None)
         with pytest.raises(ValueError, match="can't be put back"):
             await shaping.put_back(aclient, 2, grant)
-        await aclient.aclose()  # type: ignore[attr-defined]
+        await aclient.aclose()
 
     asyncio.run(go())
 
@@ -306,7 +306,7 @@ def test_unreachable_is_unavailable(shaping_redis: RedisServer) -> None:
             await shaping.take(aclient, 1, Lane.CRITICAL, ROUTE, Limits(), TENANT, None)
         with pytest.raises(Unavailable):
             await shaping.report(aclient, ROUTE, ok=1)
-        await aclient.aclose()  # type: ignore[attr-defined]
+        await aclient.aclose()
 
     asyncio.run(go())
 
@@ -352,6 +352,6 @@ def test_throttled_failing_and_probed_account(
         assert (await take()).granted == 9
         assert await told(failed=FAILURES) is Circuit.OPEN
         assert (await take()).wait_ms <= 5_000, "and it cools as briefly as at first"
-        await aclient.aclose()  # type: ignore[attr-defined]
+        await aclient.aclose()
 
     asyncio.run(go())
