@@ -1,0 +1,179 @@
+"""The pipelined client: answers belong to their commands, whatever breaks when."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import uvloop
+from redis.exceptions import ConnectionError as Broken
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as Late
+
+from sinks.redis_pipeline import PipelinedRedis
+from tests.ledger.server import RedisServer
+
+SLOWLY = "local n = tonumber(ARGV[1]); for i = 1, n do redis.call('TIME') end; return ARGV[2]"
+
+
+def client_of(server: RedisServer, seconds: float = 5.0) -> PipelinedRedis:
+    return PipelinedRedis(server.url, timedelta(seconds=seconds))
+
+
+@pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def test_each_gets_the_answer_to_its_own_command(run: Any, shared_redis: RedisServer) -> None:
+    async def main() -> None:
+        client = client_of(shared_redis)
+        words = [bytes([number % 256]) * (number * 37 % 9_000) for number in range(2_000)]
+        answers = await asyncio.gather(*(client.execute_command("ECHO", w) for w in words))
+        assert answers == words
+        answer = await client.execute_command("EVAL", "return ARGV", 0, "\u00e9", b"\0\r\n", 7, 0.5)
+        assert answer == ["\u00e9".encode(), b"\0\r\n", b"7", b"0.5"]
+        assert await client.execute_command("GET", "nobody wrote this") is None
+        assert int((await client.execute_command("CLIENT", "LIST")).count(b"id=")) >= 1
+        await client.aclose()
+
+    run(main())
+
+
+def test_an_error_is_its_commands_alone(run: Any, shared_redis: RedisServer) -> None:
+    async def main() -> None:
+        client = client_of(shared_redis)
+        await client.execute_command("DEL", "text")
+        calls = []
+        for number in range(100):
+            calls.append(client.execute_command("ECHO", number))
+            calls.append(client.execute_command("NO-SUCH-COMMAND"))
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert answers[::2] == [str(number).encode() for number in range(100)]
+        assert all(isinstance(answer, ResponseError) for answer in answers[1::2])
+        await client.aclose()
+
+    run(main())
+
+
+def test_who_is_cancelled_shifts_no_answers(run: Any, shared_redis: RedisServer) -> None:
+    async def main() -> None:
+        client = client_of(shared_redis)
+        await client.execute_command("PING")
+        tasks = [
+            asyncio.create_task(client.execute_command("EVAL", SLOWLY, 0, 20_000, number))
+            for number in range(20)
+        ]
+        await asyncio.sleep(0.005)
+        for task in tasks[::2]:
+            task.cancel()
+        kept = await asyncio.gather(*tasks[1::2])
+        assert kept == [str(number).encode() for number in range(1, 20, 2)]
+        assert all(task.cancelled() for task in tasks[::2])
+        await client.aclose()
+
+    run(main())
+
+
+def test_a_connection_that_breaks_fails_all_that_wait_and_is_made_again(
+    run: Any, own_redis: RedisServer
+) -> None:
+    async def main() -> None:
+        client = client_of(own_redis)
+        await client.execute_command("PING")
+        own_redis.signal(signal.SIGSTOP)
+        calls = [asyncio.create_task(client.execute_command("PING")) for _ in range(50)]
+        await asyncio.sleep(0.05)
+        own_redis.kill()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(answer, Broken) for answer in answers), answers
+        with pytest.raises((Broken, OSError)):
+            await client.execute_command("PING")
+        own_redis.start()
+        assert await client.execute_command("PING") == b"PONG"
+        # And while it is idle: nobody is to hear of that.
+        own_redis.kill()
+        own_redis.start()
+        await asyncio.sleep(0.05)
+        assert await client.execute_command("PING") == b"PONG"
+        await client.aclose()
+
+    run(main())
+
+
+def test_a_server_that_is_silent_is_given_up_in_time(run: Any, own_redis: RedisServer) -> None:
+    async def main() -> None:
+        client = client_of(own_redis, 0.4)
+        loop = asyncio.get_running_loop()
+        await client.execute_command("PING")
+        await asyncio.sleep(0.3)  # the watch of the first command ends in the next one's time
+        own_redis.signal(signal.SIGSTOP)
+        began = loop.time()
+        calls = [asyncio.create_task(client.execute_command("PING")) for _ in range(3)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(answer, Late) for answer in answers), answers
+        assert 0.35 < loop.time() - began < 2
+        # Connecting is bounded too: the kernel accepts, the server says nothing.
+        with pytest.raises((RedisError, OSError)):
+            await client.execute_command("PING")
+        assert loop.time() - began < 4
+        own_redis.signal(signal.SIGCONT)
+        assert await client.execute_command("PING") == b"PONG"
+        await client.aclose()
+
+    run(main())
+
+
+def test_nobody_there(run: Any) -> None:
+    async def main() -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            url = f"redis://127.0.0.1:{probe.getsockname()[1]}/0"
+            client = PipelinedRedis(url, timedelta(seconds=1))
+            calls = [client.execute_command("PING") for _ in range(3)]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(answer, Broken | OSError) for answer in answers), answers
+            await client.aclose()
+
+    run(main())
+
+
+def test_a_password_is_used_and_a_wrong_one_is_refused(run: Any, own_redis: RedisServer) -> None:
+    async def main() -> None:
+        plain = client_of(own_redis)
+        await plain.execute_command("CONFIG", "SET", "requirepass", "secret")
+        await plain.aclose()
+        right = PipelinedRedis(own_redis.url.replace("//", "//:secret@"), timedelta(seconds=2))
+        assert await right.execute_command("PING") == b"PONG"
+        await right.aclose()
+        wrong = PipelinedRedis(own_redis.url.replace("//", "//:guess@"), timedelta(seconds=2))
+        for _ in range(2):
+            with pytest.raises(RedisError) as caught:
+                await wrong.execute_command("PING")
+            assert "guess" not in str(caught.value)
+        await wrong.aclose()
+
+    run(main())
+
+
+def test_closing_fails_who_waits_and_refuses_who_comes(run: Any, own_redis: RedisServer) -> None:
+    async def main() -> None:
+        client = client_of(own_redis)
+        await client.execute_command("PING")
+        own_redis.signal(signal.SIGSTOP)
+        waiting = asyncio.create_task(client.execute_command("PING"))
+        await asyncio.sleep(0.05)
+        await client.aclose()
+        await client.aclose()
+        with pytest.raises(Broken):
+            await waiting
+        with pytest.raises(Broken, match="closed"):
+            await client.execute_command("PING")
+        never = client_of(own_redis)
+        await never.aclose()
+
+    run(main())
