@@ -44,15 +44,17 @@ def up(
     home.create()
     deadline = time.monotonic() + START_DEADLINE.total_seconds()
     _wait_while_stopping(home)
-    if is_supervised(home):
-        state = _state_of_running(home, deadline)
+    held = is_supervised(home)
+    state = _state_of_running(home, deadline, seen_locked=True) if held else None
+    if state is not None:
         chosen = _attach(state, only, taskmanagers)
     else:
         count = DEFAULT_TASKMANAGERS if taskmanagers is None else taskmanagers
         chosen = services.choose(only, count)
         check(chosen)
         _start_supervisor(home, chosen, count)
-        state = _state_of_running(home, deadline)
+        if _state_of_running(home, deadline) is None:
+            raise _not_started(home)
     return _wait_ready(home, chosen, deadline, progress)
 
 
@@ -89,21 +91,32 @@ def _wait_while_stopping(home: Home) -> None:
     raise StackFailed(f"the stack in {home.root} does not finish stopping; run `fanfare down`")
 
 
-def _state_of_running(home: Home, deadline: float) -> StackState:
-    """The state written by the supervisor that runs now, waiting for its first word."""
-    seen_locked = False
+def _state_of_running(
+    home: Home, deadline: float, *, seen_locked: bool = False
+) -> StackState | None:
+    """The state written by the supervisor that runs now, waiting for its first word.
+
+    None where the home's lock is let go meanwhile: by one that failed to start, or by the last
+    threads of one that was killed.
+    """
     began = time.monotonic()
     while time.monotonic() < deadline:
         state = read_state(home)
         if state is not None and state.supervisor is not None and state.supervisor.alive():
             return state
         locked = is_supervised(home)
-        if (seen_locked and not locked) or time.monotonic() - began > 30:
+        if seen_locked and not locked:
+            return None
+        if time.monotonic() - began > 30:
             break
         seen_locked = seen_locked or locked
         time.sleep(0.05)
+    raise _not_started(home)
+
+
+def _not_started(home: Home) -> StackFailed:
     log = home.logs / "supervisor.log"
-    raise StackFailed(f"the supervisor did not start; its log {log} ends:\n{tail(log)}")
+    return StackFailed(f"the supervisor did not start; its log {log} ends:\n{tail(log)}")
 
 
 def _attach(state: StackState, only: tuple[str, ...], taskmanagers: int | None) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -30,7 +31,7 @@ from stack.layout import (
     secret,
 )
 from stack.process import identify, wait_gone
-from stack.supervisor import leftovers
+from stack.supervisor import leftovers, take_lock
 from tests.stack_fixture import eventually, running_stack, wait_restarted
 
 pytestmark = pytest.mark.engine
@@ -217,6 +218,10 @@ def test_a_killed_supervisor_leaves_nothing_and_the_next_up_goes_on(home: Home) 
     state.supervisor.send(signal.SIGKILL)
     assert wait_gone([state.supervisor, *children], timedelta(seconds=10)) == []
     assert {s.state for s in lifecycle.status(home)} == {"stopped"}
+    # The last threads of a killed process may hold its lock for a moment after it is a zombie.
+    lock = take_lock(home, timedelta(seconds=5))
+    assert lock is not None
+    threading.Timer(0.7, lock.close).start()
     again = lifecycle.up(home, ONLY, taskmanagers=2)
     assert {info.state for info in again.services.values()} == {State.READY}
     assert again.ports == state.ports
