@@ -40,10 +40,12 @@ def chaos(
     The last line is JSON. Exit status 1 if a message was lost or came twice, more are unknown
     than were in flight, the records contradict each other, or sends did not flow again.
     """
-    from stack.chaos.contract import rewrite, section
+    from stack.chaos.contract import around, rewrite, section
     from stack.chaos.ordeal import undergo
     from stack.chaos.report import line, shown
 
+    if contract is not None:
+        around(contract)  # a file that can't hold it is refused now, not in half an hour
     chosen = secrets.randbelow(SEEDS) if seed is None else seed
     console = Console(stderr=as_json)
 

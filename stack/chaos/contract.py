@@ -65,11 +65,20 @@ def rewrite(path: Path, result: Result) -> None:
     """Put the section between the marks of a file.
 
     Raises:
-        InvalidInput: the file has no such marks.
+        InvalidInput: there is no such file, or it has no such marks.
     """
-    text = path.read_text(encoding="utf-8")
+    before, after = around(path)
+    replace_file(path, before + BEGIN + section(result) + END + after)
+
+
+def around(path: Path) -> tuple[str, str]:
+    """What a file has before the section and after it. Raises ``InvalidInput`` like `rewrite`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"{path} can't be read: {error.strerror}") from error
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise InvalidInput(f"{path} has no place for the table: put {BEGIN!r} and {END!r} into it")
-    replace_file(path, before + BEGIN + section(result) + END + after)
+    return before, after
