@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from schemas.errors import InvalidInput
+from stack.chaos import ordeal
 from stack.chaos.checker import check
 from stack.chaos.contract import BEGIN, END, rewrite, section, table
 from stack.chaos.ordeal import Result
@@ -55,3 +57,29 @@ def test_the_line_says_what_the_verdict_is() -> None:
 def test_a_schedule_that_was_broken_off_is_not_sound() -> None:
     assert not replace(result(), broke_off="Kafka broker killed: sends do not flow").sound
     assert not replace(result(), planned=3).sound
+
+
+class Draining:
+    """A provider whose webhooks are taken slowly, and then no more."""
+
+    def __init__(self, taken: list[int], ends: bool) -> None:
+        self.taken, self.ends, self.waits = taken, ends, 0
+
+    def drain_webhooks(self, seconds: int) -> bool:
+        self.waits += 1
+        return self.ends and self.waits > len(self.taken)
+
+    def ask(self, path: str) -> dict[str, int]:
+        assert path == "/webhooks"
+        return {"acked_events": self.taken[min(self.waits, len(self.taken)) - 1]}
+
+
+@pytest.mark.parametrize(
+    ("taken", "ends", "waits"), [([], True, 1), ([0, 5, 9], True, 4), ([0, 5, 5, 9], False, 3)]
+)
+def test_webhooks_are_waited_for_as_long_as_any_are_taken(
+    taken: list[int], ends: bool, waits: int
+) -> None:
+    control: Any = Draining(taken, ends)
+    assert ordeal._drain_webhooks(control) is ends
+    assert control.waits == waits
