@@ -4,6 +4,8 @@ All keys of a delivery key ``k`` share the hash tag ``{fdK}``, so that each scri
 one slot of a Redis Cluster::
 
     fanfare:{fdK}:epoch:LANE                          integer
+    fanfare:{fdK}:epoch:LANE:holder                   the loop that has it (sinks.handover)
+    fanfare:life:LOOP                                 there for as long as that loop lives
     fanfare:{fdK}:ledger:TENANT/RUN/LEG/SHARD:meta    hash: dataset, seq, count
     fanfare:{fdK}:ledger:TENANT/RUN/LEG/SHARD:bits    bitmap, bit = ordinal, at full length
     fanfare:{fdK}:ledger:TENANT/RUN/LEG/SHARD:open    hash: ordinal (4 bytes) -> matter
@@ -89,6 +91,16 @@ def run_name(tenant: str, run: str) -> str:
 def epoch_key(lane: Lane, key: int) -> str:
     """The key of the epoch of a delivery key."""
     return f"{tag(key)}epoch:{lane.value}"
+
+
+def holder_key(lane: Lane, key: int) -> str:
+    """Which loop has a delivery key: the name that it gave itself (``sinks.handover``)."""
+    return f"{epoch_key(lane, key)}:holder"
+
+
+def life_key(loop: str) -> str:
+    """There for as long as a loop says that it lives."""
+    return f"fanfare:life:{loop}"
 
 
 def opt_outs_key(key: int) -> str:

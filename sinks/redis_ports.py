@@ -11,6 +11,7 @@ from schemas.records import Route
 from schemas.snapshot import shard_of
 from sinks import ledger, ledger_upkeep, runs, shaping
 from sinks.accounts import AccountSettings
+from sinks.handover import Handover
 from sinks.redis_client import AsyncClient, Client, connect, connect_async
 from sinks.shaping import Limits
 from transforms.ledger import (
@@ -37,10 +38,14 @@ class RedisLedger:
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
+        self._handover = Handover(client)
 
     async def acquire_epoch(self, lane: Lane, key: int) -> int:
-        """The next epoch of a delivery key."""
-        return await ledger.acquire_epoch(self._client, lane, key)
+        """The next epoch of a delivery key, once its predecessor has settled or is given up."""
+        await self._handover.await_predecessor(lane, key)
+        epoch = await ledger.acquire_epoch(self._client, lane, key)
+        await self._handover.hold(lane, key)
+        return epoch
 
     async def look(self, ref: LedgerRef, owner: Owner) -> Seen:
         """How far a ledger is."""
@@ -59,7 +64,8 @@ class RedisLedger:
         return await ledger.settle(self._client, ref, owner, seen, settlements)
 
     async def close(self) -> None:
-        """Let the connections go."""
+        """Let the connections go; a successor need not wait any longer."""
+        await self._handover.end()
         await self._client.aclose()
 
 

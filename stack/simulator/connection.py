@@ -9,6 +9,9 @@ import struct
 import time
 from typing import Any, Protocol
 
+_ESTABLISHED = 1
+"""The state in ``struct tcp_info`` of a connection both of whose ends are open (tcp(7))."""
+
 
 class OpenRequests(Protocol):
     """What a connection tells its server."""
@@ -87,11 +90,14 @@ class Connection(asyncio.Protocol):
     def answer(self, data: bytes) -> None:
         """Answer the busy request now and go on with what came meanwhile."""
         self._timer = None
+        if self.open_ids:
+            # Whoever was stopped meanwhile writes to a client that may be gone long ago.
+            if _has_left(self.transport):
+                self._owner.unanswered(self.open_ids, "client_left")
+            self.open_ids = []
         if data:
             self.transport.write(data)
         self.busy = False
-        if self.open_ids:
-            self.open_ids = []
         if self.close_after:
             self.closing = True
             self.transport.close()
@@ -141,3 +147,15 @@ class Connection(asyncio.Protocol):
             with socket.socket(fileno=os.dup(pseudo.fileno())) as duplicate:
                 duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
+
+
+def _has_left(transport: asyncio.BaseTransport) -> bool:
+    """Whether the client has closed its end, although the loop may not have seen it yet."""
+    pseudo = transport.get_extra_info("socket")
+    if pseudo is None or transport.is_closing():
+        return True
+    try:
+        state: int = pseudo.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    except OSError:
+        return True
+    return state != _ESTABLISHED

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import smtplib
 import socket
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -118,6 +121,27 @@ def test_a_client_that_leaves_before_the_answer_is_known(provider: Provider) -> 
         provider.send(mail("impatient"), timeout=0.2)
     faults = provider.wait_for("/faults", lambda answer: answer["unanswered"])
     assert faults["unanswered"] == {"client_left": ["impatient"]}
+
+
+def test_a_stopped_provider_knows_who_left_meanwhile(provider: Provider) -> None:
+    provider.configure(sendgrid={"latency": {"kind": "fixed", "ms": 300}})
+    pid = provider.process.pid
+
+    def leave() -> None:
+        with suppress(TimeoutError):
+            provider.send(mail("gone"), timeout=0.6)
+
+    impatient = threading.Thread(target=leave)
+    impatient.start()
+    try:
+        provider.wait_for("/open", lambda answer: answer["count"] == 1)
+        os.kill(pid, signal.SIGSTOP)
+        # Its answer is due when it goes on, and so is the news that nobody waits.
+        impatient.join()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    faults = provider.wait_for("/faults", lambda answer: answer["unanswered"])
+    assert faults["unanswered"] == {"client_left": ["gone"]}
 
 
 @pytest.mark.parametrize(
