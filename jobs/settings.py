@@ -79,6 +79,9 @@ class CampaignsSettings(JobSettings):
 class DeliverySettings(JobSettings):
     """The delivery job of one lane."""
 
+    checkpoint_interval: timedelta = timedelta(seconds=5)
+    """Of delivery: what was owed at the last checkpoint is handed over again after a failure, and
+    the ledger knows what became of it. Outcomes don't wait for checkpoints."""
     redis: SecretStr
     lane: Lane = Lane.PROMOTIONAL
     request_timeout: timedelta = timedelta(seconds=30)

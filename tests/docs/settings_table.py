@@ -34,7 +34,8 @@ JOBS = frozenset({"campaigns", "delivery", "webhook-ingest"})
 
 MEANINGS = {
     "parallelism": "Subtasks of each operator: as many one-slot TaskManagers are needed.",
-    "checkpoint_interval": "Sends leave the campaigns job with each checkpoint.",
+    "checkpoint_interval": "Sends leave the campaigns job with each checkpoint. "
+    "(delivery, webhook-ingest: `PT5S`)",
     "redis": "`redis://[:password@]host:port/db`. webhook-ingest can do without; then webhooks "
     "settle no unknowns.",
     "lane": "Whose sends are delivered: `promotional` or `critical`.",
