@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -176,6 +176,10 @@ class NoLedger:
     async def look(self, ref: LedgerRef, owner: Owner) -> Seen:
         """A new one."""
         return Seen("none", 0)
+
+    async def accepted(self, ref: LedgerRef, ordinals: Sequence[int]) -> Set[int]:
+        """Nobody."""
+        return frozenset()
 
     async def claim(
         self, ref: LedgerRef, owner: Owner, seen: Seen, scopes: Sequence[str], asks: Sequence[Ask]

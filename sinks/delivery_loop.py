@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence, Set
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from schemas.codec import to_millis
-from schemas.errors import Corrupt, Unavailable
+from schemas.errors import Corrupt, MissingLedger, Unavailable
 from schemas.message import Answer, Message, Provider, Verdict
 from schemas.pages import PAGE_SIZE
 from schemas.reasons import Lane, Outcome, Reason, RunStatus
@@ -77,6 +77,8 @@ BATCH = LARGEST_CALL
 """Messages that are rendered and claimed together, if the permits allow."""
 ROUND = 4 * BATCH
 """Messages for which permits and tokens are taken together."""
+RECALL_S = 60.0
+"""For so long after its start a loop looks what of a send is done before it stands in line."""
 LINE_KEPT_S = 60.0
 """How long a line with nothing left is kept: its template is compiled, its definition read."""
 _REPORT_S = 0.1
@@ -99,6 +101,9 @@ class FullLedger(Ledger, Protocol):
 
     async def acquire_epoch(self, lane: Lane, key: int) -> int:
         """The next epoch of a delivery key; its predecessor is fenced from now on."""
+
+    async def accepted(self, ref: LedgerRef, ordinals: Sequence[int]) -> Set[int]:
+        """Which of these recipients have the message. Raises ``Unavailable``, ``MissingLedger``."""
 
     async def close(self) -> None:
         """Let the connections go."""
@@ -177,6 +182,7 @@ class DeliveryLoop:
         self._random = random.Random()  # noqa: S311 - jitter of retries
         self._stopped = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._recall_until = self._loop.time() + RECALL_S
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -238,7 +244,38 @@ class DeliveryLoop:
         work = Work(key, name, send, line, desk)
         desk.users += 1
         line.left += work.left
-        self._stream(line, 0).add(work, indexes_owed(send))
+        stream, indexes = self._stream(line, 0), indexes_owed(send)
+        if self._loop.time() < self._recall_until:
+            key.under_way += len(indexes)
+            self._spawn(self._recall(stream, work, indexes))
+        else:
+            stream.add(work, indexes)
+
+    async def _recall(self, stream: Stream, work: Work, indexes: list[int]) -> None:
+        """Take up a send of which a predecessor may have done much.
+
+        Who has the message needs no token: at a low rate a successor would spend minutes on
+        asking for those. They go to the ledger at once, whose word is the outcome; the others
+        stand in the line.
+        """
+        key, desk = work.key, work.desk
+        base = work.send.page * PAGE_SIZE
+        try:
+            await self._owner(key)  # its predecessor writes no more
+            found = await self._ledger.accepted(desk.ref, [base + index for index in indexes])
+        except (Unavailable, MissingLedger) as error:
+            log.info("%s: not read beforehand: %s", desk.ref, error)
+            found = frozenset()
+        if key.fenced is not None:
+            return
+        known = [index for index in indexes if base + index in found]
+        rest = [index for index in indexes if base + index not in found]
+        key.under_way -= len(rest)
+        if rest:
+            stream.add(work, rest)
+        self.counts["recalled"] += len(known)
+        for begin in range(0, len(known), BATCH):
+            self._ask(Batch(work, stream, known[begin : begin + BATCH]), None, None)
 
     def _line(self, send: Send) -> Line:
         name = (send.tenant, send.run, send.leg, send.spec)

@@ -12,7 +12,7 @@ All other errors are final for the process (``Fenced``) or the ledger (``Missing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from schemas.errors import Corrupt, Fenced, LedgerRolledBack, MissingLedger
@@ -72,6 +72,23 @@ async def look(client: AsyncClient, ref: LedgerRef) -> Seen:
     if dataset is None or seq is None:
         raise MissingLedger(rules.absent(ref))
     return Seen(dataset.decode(), int(seq))
+
+
+async def accepted(client: AsyncClient, ref: LedgerRef, ordinals: Sequence[int]) -> Set[int]:
+    """Which of these recipients have the message, as ``LedgerModel.accepted``.
+
+    Reads the bits from the lowest ordinal to the highest. Raises ``Unavailable``; a ledger that is
+    not there has no bits, and the next claim tells.
+    """
+    keys = layout.ledger_keys(ref)
+    first, last = min(ordinals) // 8, max(ordinals) // 8
+    with unavailable(f"read the ledger {keys.bits}"):
+        bits: bytes = await command_async(client, "GETRANGE", keys.bits, first, last)
+    return {
+        at
+        for at in ordinals
+        if at // 8 - first < len(bits) and bits[at // 8 - first] >> (7 - at % 8) & 1
+    }
 
 
 async def claim(

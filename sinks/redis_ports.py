@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from datetime import datetime, timedelta
 
 from schemas.ids import LegId, RunId, Tenant
@@ -50,6 +50,10 @@ class RedisLedger:
     async def look(self, ref: LedgerRef, owner: Owner) -> Seen:
         """How far a ledger is."""
         return await ledger.look(self._client, ref)
+
+    async def accepted(self, ref: LedgerRef, ordinals: Sequence[int]) -> Set[int]:
+        """Which of these recipients have the message."""
+        return await ledger.accepted(self._client, ref, ordinals)
 
     async def claim(
         self, ref: LedgerRef, owner: Owner, seen: Seen, scopes: Sequence[str], asks: Sequence[Ask]

@@ -83,7 +83,7 @@ held matter that the person saw, and no other -> the bit, or nothing (send again
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from hashlib import blake2b
@@ -564,6 +564,11 @@ class LedgerModel:
         """How far a ledger is. Raises ``MissingLedger``."""
         shard = self._shard(ref)
         return Seen(shard.dataset, shard.seq)
+
+    def accepted(self, ref: LedgerRef, ordinals: Sequence[int]) -> Set[int]:
+        """Which of these recipients have the message. Raises ``MissingLedger``."""
+        shard = self._shard(ref)
+        return {at for at in ordinals if shard.entries.get(at, NOTHING).accepted}
 
     def view(self, ref: LedgerRef) -> LedgerView:
         """A ledger's counts. Raises ``MissingLedger``."""

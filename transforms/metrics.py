@@ -42,6 +42,7 @@ def outcome_counter(outcome: Outcome) -> str:
 DELIVERY: Mapping[str, str] = {
     "malformed": "records that are no sends; they become dead letters, whole",
     "sends": "sends taken up, those of a restart included",
+    "recalled": "recipients of whom a restarted loop read in the ledger that they have the message",
     "requests": "requests that left for a provider",
     **{answer_counter(each): f"answers: the provider {text}" for each, text in _ANSWERS.items()},
     **{outcome_counter(each): f"outcomes: messages {text}" for each, text in _OUTCOMES.items()},

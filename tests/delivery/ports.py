@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from datetime import timedelta
 from typing import TypeVar
 
@@ -69,6 +69,9 @@ class MemoryLedger:
     async def look(self, ref: LedgerRef, owner: Owner) -> Seen:
         own_key(ref, owner)
         return self._memory.call(lambda: self._memory.ledger.look(ref), writes=False)
+
+    async def accepted(self, ref: LedgerRef, ordinals: Sequence[int]) -> Set[int]:
+        return self._memory.call(lambda: self._memory.ledger.accepted(ref, ordinals), writes=False)
 
     async def claim(
         self, ref: LedgerRef, owner: Owner, seen: Seen, scopes: Sequence[str], asks: Sequence[Ask]

@@ -320,7 +320,7 @@ def test_a_predecessor_that_still_runs_is_fenced_and_says_so(
     shop: MakeShop, operator: Operator, running: Running
 ) -> None:
     one = shop()
-    slow, quick = FakeProvider(latency=timedelta(milliseconds=20)), FakeProvider()
+    slow, quick = FakeProvider(latency=timedelta(milliseconds=100)), FakeProvider()
     predecessor = one.engine((MAIN, slow, 2))
     running(predecessor)
     operator.submit(one.send(BIG, range(200)))

@@ -76,6 +76,34 @@ def test_all_accepted_once_with_the_providers_ids(
     }
 
 
+def test_a_successor_needs_no_tokens_for_what_is_done(
+    shop: MakeShop, operator: Operator, running: Running
+) -> None:
+    one, provider = shop(), FakeProvider()
+    done = [*range(3, 150), *range(152, 300)]
+    first = running(one.engine((MAIN, provider, 64)))
+    operator.submit(one.send(BIG, done), one.send(OTHER_KEY))
+    operator.finish()
+    first.stop()
+    after = Operator()
+    slow = {MAIN: Limits((Limit(2.0),))}
+    second = one.engine((MAIN, FakeProvider(), 64), limits=slow)
+    after.start(second)
+    try:
+        after.submit(one.send(BIG, range(300)))
+        after.until(lambda: len(after.by_ordinal(BIG)) >= len(done), 5)
+        after.finish(30)
+        assert after.tally() == {
+            (Outcome.ACCEPTED, Reason.LEDGER_ACCEPTED): len(done),
+            (Outcome.ACCEPTED, Reason.PROVIDER_ACCEPTED): 5,
+        }
+        assert set(after.by_ordinal(BIG)) == set(range(300))
+        assert second.counts()["recalled"] == len(done)
+        assert second.counts()["requests"] == 5
+    finally:
+        second.stop()
+
+
 def test_a_send_that_comes_twice_is_one(
     shop: MakeShop, operator: Operator, running: Running
 ) -> None:
