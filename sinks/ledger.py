@@ -84,11 +84,7 @@ async def accepted(client: AsyncClient, ref: LedgerRef, ordinals: Sequence[int])
     first, last = min(ordinals) // 8, max(ordinals) // 8
     with unavailable(f"read the ledger {keys.bits}"):
         bits: bytes = await command_async(client, "GETRANGE", keys.bits, first, last)
-    return {
-        at
-        for at in ordinals
-        if at // 8 - first < len(bits) and bits[at // 8 - first] >> (7 - at % 8) & 1
-    }
+    return set(ordinals).intersection(layout.ordinals_of(bits, first))
 
 
 async def claim(

@@ -103,6 +103,17 @@ def life_key(loop: str) -> str:
     return f"fanfare:life:{loop}"
 
 
+def ordinals_of(bits: bytes, first_byte: int = 0) -> list[int]:
+    """The ordinals whose bit is set, ascending, in a ledger's bits from a byte on."""
+    return [
+        byte_at * 8 + bit
+        for byte_at, byte in enumerate(bits, first_byte)
+        if byte
+        for bit in range(8)
+        if byte << bit & 128
+    ]
+
+
 def opt_outs_key(key: int) -> str:
     """The key of a delivery key's memory of opt-outs."""
     return f"{tag(key)}optouts"

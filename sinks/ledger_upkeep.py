@@ -157,13 +157,7 @@ def accepted_ordinals(client: Client, ref: LedgerRef) -> list[int]:
         exists = client.exists(keys.meta)
     if not exists:
         raise MissingLedger(rules.absent(ref))
-    return [
-        byte_at * 8 + bit
-        for byte_at, byte in enumerate(bits)
-        if byte
-        for bit in range(8)
-        if byte << bit & 128
-    ]
+    return layout.ordinals_of(bits)
 
 
 def reconcile(client: Client, ref: LedgerRef, ordinals: Sequence[int]) -> tuple[Entry, ...]:
