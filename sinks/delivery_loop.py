@@ -81,6 +81,8 @@ RECALL_S = 60.0
 """For so long after its start a loop looks what of a send is done before it stands in line."""
 LINE_KEPT_S = 60.0
 """How long a line with nothing left is kept: its template is compiled, its definition read."""
+_RENDERED_TOGETHER = 16
+"""Messages that are rendered before the loop looks whether anything else is to be done."""
 _REPORT_S = 0.1
 _TIDY_S = 5.0
 _SHORTEST_TOKEN_WAIT_S = 0.005
@@ -434,8 +436,8 @@ class DeliveryLoop:
                     account.permits.give(held - grant.granted)
                     held = 0
                 tokens = _Tokens(self, account, grant, len(batches))
-                for batch in batches:
-                    self._ask(batch, account, tokens)
+                questions = [self._ask(batch, account, tokens) for batch in batches]
+                await _render_meanwhile(questions)
                 if grant.granted < wanted and grant.wait_ms:
                     return Turn.SEND, _token_wait(grant)
                 return Turn.SEND, 0.0
@@ -488,20 +490,17 @@ class DeliveryLoop:
             work.tries[index] = Tries(following.route, 0, tries.total)
         following.back(work, batch.indexes)
 
-    def _ask(self, batch: Batch, account: Account | None, tokens: _Tokens | None) -> None:
-        """Render, then claim. The account's permits for the batch are the question's from now on.
+    def _ask(self, batch: Batch, account: Account | None, tokens: _Tokens | None) -> _Question:
+        """Claim. The account's permits for the batch are the question's from now on.
 
-        Without tokens nothing is rendered: the ledger is expected to refuse. A broken line's
+        Without tokens nothing will be rendered: the ledger is expected to refuse. A broken line's
         messages are closed with the reason once claimed.
         """
         work, line = batch.work, batch.stream.line
         send = work.send
-        if account is not None and tokens is not None and line.context is not None:
-            rendered = self._reader.render(send, line.context, batch.indexes)
-        else:
-            rendered = self._reader.recipients(send, batch.indexes)
-            if batch.stream.account is None:
-                rendered.failed = dict.fromkeys(batch.indexes, line.broken or no_route())
+        rendered = self._reader.recipients(send, batch.indexes)
+        if batch.stream.account is None:
+            rendered.failed = dict.fromkeys(batch.indexes, line.broken or no_route())
         base = send.page * PAGE_SIZE
         name = account.name if account is not None and tokens is not None else ""
         valid_until_ms, deadline_ms = to_millis(send.valid_until), to_millis(send.deadline)
@@ -519,7 +518,16 @@ class DeliveryLoop:
         ]
         topic = line.context.topic if line.context is not None else "*"
         scopes = scopes_of(send.channel.value, topic)
-        work.desk.ask(_Question(self, batch, account, tokens, rendered, scopes, asks))
+        question = _Question(self, batch, account, tokens, rendered, scopes, asks)
+        work.desk.ask(question)
+        return question
+
+    def render(self, batch: Batch, rendered: Rendered, begin: int, end: int) -> None:
+        """Render those at these positions of a batch, unless the page is known to be unreadable."""
+        context = batch.stream.line.context
+        indexes = batch.indexes[begin:end]
+        if context is not None and not all(index in rendered.failed for index in indexes):
+            self._reader.render(batch.work.send, context, indexes, rendered, begin)
 
     # What the ledger said
 
@@ -773,7 +781,7 @@ class _Tokens:
 class _Question:
     """A batch at its ledger's desk, with the permits and tokens that it holds."""
 
-    __slots__ = ("_account", "_batch", "_loop", "_rendered", "_tokens", "asks", "scopes")
+    __slots__ = ("_account", "_batch", "_done", "_loop", "_rendered", "_tokens", "asks", "scopes")
 
     def __init__(
         self,
@@ -792,10 +800,21 @@ class _Question:
         self._account = account
         self._tokens = tokens
         self._rendered = rendered
+        self._done = 0 if account is not None and tokens is not None else len(asks)
+
+    def render(self, count: int) -> bool:
+        """Render up to so many more messages; whether any are left."""
+        begin, end = self._done, min(self._done + count, len(self.asks))
+        if begin < end:
+            self._loop.render(self._batch, self._rendered, begin, end)
+            self._done = end
+        return end < len(self.asks)
 
     def answer(self, verdicts: Sequence[LedgerVerdict]) -> None:
         """Send what was claimed."""
         leave = self._tokens is not None
+        if leave:
+            self.render(len(self.asks))
         claimed, sent = self._loop.judged(
             self._batch, self._account, self._rendered, verdicts, leave
         )
@@ -818,6 +837,7 @@ class _Question:
         return settled
 
     def _give_back(self, claimed: int, sent: int) -> None:
+        self._done = len(self.asks)
         self._put_tokens_back(sent)
         account, self._account = self._account, None
         if account is not None:
@@ -839,6 +859,15 @@ def _kept(batches: Sequence[Batch], count: int) -> list[Batch]:
         if take:
             kept.append(batch)
     return kept
+
+
+async def _render_meanwhile(questions: Sequence[_Question]) -> None:
+    """Render while the ledger is asked: what it has answered by then is rendered at once."""
+    for question in questions:
+        left = True
+        while left:
+            await asyncio.sleep(0)
+            left = question.render(_RENDERED_TOGETHER)
 
 
 def _wake(line: Line) -> None:

@@ -89,7 +89,7 @@ class Reader:
         return {index: _beyond(send, index, count) for index in indexes if index >= count}
 
     def recipients(self, send: Send, indexes: Sequence[int]) -> Rendered:
-        """Only the recipients' keys: for messages that won't leave. None is ``beyond``."""
+        """The recipients' keys, no message yet. None is ``beyond``."""
         rendered = Rendered([None] * len(indexes))
         page = self._index(send)
         if isinstance(page, tuple):
@@ -100,20 +100,24 @@ class Reader:
         rendered.keys = [recipient_key(send.tenant, ids[index]) for index in indexes]
         return rendered
 
-    def render(self, send: Send, context: LegContext, indexes: Sequence[int]) -> Rendered:
-        """Messages to these recipients. None is ``beyond``."""
-        rendered = self.recipients(send, indexes)
-        if rendered.failed:
-            return rendered
+    def render(
+        self,
+        send: Send,
+        context: LegContext,
+        indexes: Sequence[int],
+        rendered: Rendered,
+        since: int,
+    ) -> None:
+        """Messages to these recipients, the positions of ``rendered`` from ``since`` on."""
         try:
             snapshot = self._snapshot(send.snapshot)
             ids = snapshot.read_index(send.shard, send.page).recipient_ids
             body = snapshot.read_body(send.shard, send.page)
         except (FanfareError, OSError) as error:
-            rendered.failed = dict.fromkeys(indexes, _unreadable(error))
-            return rendered
+            rendered.failed.update(dict.fromkeys(indexes, _unreadable(error)))
+            return
         base, failed = send.page * PAGE_SIZE, rendered.failed
-        for position, index in enumerate(indexes):
+        for position, index in enumerate(indexes, since):
             reference = f"{send.shard}.{base + index}.{send.generation}"
             recipient = RecipientId(ids[index])
             try:
@@ -123,7 +127,6 @@ class Reader:
                 )
             except RenderingFailed as error:
                 failed[index] = (Reason.RENDERING_FAILED, str(error))
-        return rendered
 
     def recipient(self, send: Send, index: int) -> str:
         """Who that is; empty, and said in the log, where the page can't be read."""
