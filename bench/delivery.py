@@ -63,7 +63,7 @@ from transforms.ledger import (
 
 PEOPLE = 40_000
 LATENCY_MS = 50
-IN_FLIGHT = {"smtp": 192, "http": 768}
+IN_FLIGHT = {"smtp": 320, "http": 768}
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ class DeliverySettings(JobSettings):
     smtp_per_minute: float | None = None
     smtp_connections: int = Field(default=32, ge=1)
     """Postfix lets a client have 50 unless told otherwise (smtpd_client_connection_count_limit)."""
-    smtp_in_flight: int = Field(default=192, ge=1)
+    smtp_in_flight: int = Field(default=320, ge=1)
     """Several for each connection: one goes out behind the other's dot, others are claimed or
     settled meanwhile."""
     critical_reserve: float = Field(default=0.1, ge=0, lt=1)

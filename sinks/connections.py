@@ -13,6 +13,7 @@ import ipaddress
 import select
 import socket
 import ssl
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
@@ -157,7 +158,7 @@ A = TypeVar("A")
 Done = Callable[[A | Exception], None]
 
 
-class Request(Generic[W, A]):
+class Request(ABC, Generic[W, A]):
     """What wants a wire until its deadline (loop time). `done` hears of its end once.
 
     A callback, not a future: a task for each message would cost a tenth of what sending it does.
@@ -173,9 +174,9 @@ class Request(Generic[W, A]):
         """The wire that it has for itself at present."""
         self._done = done
 
+    @abstractmethod
     def begin(self, wire: W) -> bool:
         """Go out on a wire; false where it does not, after its end."""
-        raise NotImplementedError
 
     def end(self, result: A | Exception) -> None:
         """It has its answer, or will have none."""

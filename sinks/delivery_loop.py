@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from schemas.codec import to_millis
-from schemas.errors import Corrupt, MissingLedger, Unavailable
+from schemas.errors import Corrupt, Unavailable
 from schemas.message import Answer, Message, Provider, Verdict
 from schemas.pages import PAGE_SIZE
 from schemas.reasons import Lane, Outcome, Reason, RunStatus
@@ -105,7 +105,7 @@ class FullLedger(Ledger, Protocol):
         """The next epoch of a delivery key; its predecessor is fenced from now on."""
 
     async def accepted(self, ref: LedgerRef, ordinals: Sequence[int]) -> Set[int]:
-        """Which of these recipients have the message. Raises ``Unavailable``, ``MissingLedger``."""
+        """Which of these recipients have the message. Raises ``Unavailable``."""
 
     async def close(self) -> None:
         """Let the connections go."""
@@ -247,7 +247,7 @@ class DeliveryLoop:
         desk.users += 1
         line.left += work.left
         stream, indexes = self._stream(line, 0), indexes_owed(send)
-        if self._loop.time() < self._recall_until:
+        if len(indexes) > 1 and self._loop.time() < self._recall_until:
             key.under_way += len(indexes)
             self._spawn(self._recall(stream, work, indexes))
         else:
@@ -265,7 +265,7 @@ class DeliveryLoop:
         try:
             await self._owner(key)  # its predecessor writes no more
             found = await self._ledger.accepted(desk.ref, [base + index for index in indexes])
-        except (Unavailable, MissingLedger) as error:
+        except Unavailable as error:
             log.info("%s: not read beforehand: %s", desk.ref, error)
             found = frozenset()
         if key.fenced is not None:

@@ -18,6 +18,8 @@ import secrets
 from contextlib import suppress
 from datetime import timedelta
 
+from redis.exceptions import RedisError
+
 from schemas.errors import Unavailable
 from schemas.reasons import Lane
 from sinks import ledger_layout as layout
@@ -88,6 +90,8 @@ class Handover:
                 await self._say()
             except Unavailable as error:
                 log.debug("nobody hears that delivery's loop lives: %s", error)
+            except RedisError as error:
+                log.warning("Redis will not hear that delivery's loop lives: %s", error)
 
     async def _say(self) -> None:
         silence_ms = SILENCE // timedelta(milliseconds=1)

@@ -566,9 +566,10 @@ class LedgerModel:
         return Seen(shard.dataset, shard.seq)
 
     def accepted(self, ref: LedgerRef, ordinals: Sequence[int]) -> Set[int]:
-        """Which of these recipients have the message. Raises ``MissingLedger``."""
-        shard = self._shard(ref)
-        return {at for at in ordinals if shard.entries.get(at, NOTHING).accepted}
+        """Which of these recipients have the message: nobody where the ledger is absent."""
+        shard = self.shards.get(ref)
+        entries = shard.entries if shard is not None else {}
+        return {at for at in ordinals if entries.get(at, NOTHING).accepted}
 
     def view(self, ref: LedgerRef) -> LedgerView:
         """A ledger's counts. Raises ``MissingLedger``."""

@@ -7,6 +7,7 @@ used: most retry silently, which makes duplicates.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -48,14 +49,14 @@ def in_doubt(error: InDoubt) -> Answer:
     return Answer(Verdict.IN_DOUBT, error.reason, detail=scrub(str(error)))
 
 
-class Adapter:
+class Adapter(ABC):
     """What adapters have in common: an attempt can be awaited."""
 
+    @abstractmethod
     def attempt(
         self, message: Message, deadline: timedelta, done: Callable[[Answer | Exception], None]
     ) -> Callable[[], None]:
         """See `Provider.attempt`."""
-        raise NotImplementedError
 
     async def send(self, message: Message, deadline: timedelta) -> Answer:
         """Make one attempt. Whoever is cancelled meanwhile gives it up."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence, Set
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
 
@@ -46,6 +46,7 @@ class Backend(Protocol):
     def view(self, ref: LedgerRef) -> LedgerView: ...
     def list_open(self, ref: LedgerRef) -> Mapping[int, Matter]: ...
     def accepted(self, ref: LedgerRef) -> list[int]: ...
+    def accepted_of(self, ref: LedgerRef, ordinals: Sequence[int]) -> Set[int]: ...
     def claim(
         self, ref: LedgerRef, owner: Owner, seen: Seen, scopes: Sequence[str], asks: Sequence[Ask]
     ) -> Claims | Moved: ...
@@ -96,6 +97,9 @@ class ModelBackend:
     def accepted(self, ref: LedgerRef) -> list[int]:
         entries = self.model.shards[ref].entries
         return sorted(at for at, entry in entries.items() if entry.accepted)
+
+    def accepted_of(self, ref: LedgerRef, ordinals: Sequence[int]) -> Set[int]:
+        return self.model.accepted(ref, ordinals)
 
     def claim(
         self, ref: LedgerRef, owner: Owner, seen: Seen, scopes: Sequence[str], asks: Sequence[Ask]
@@ -160,6 +164,9 @@ class RedisBackend:
 
     def accepted(self, ref: LedgerRef) -> list[int]:
         return ledger_upkeep.accepted_ordinals(self.client, ref)
+
+    def accepted_of(self, ref: LedgerRef, ordinals: Sequence[int]) -> Set[int]:
+        return self.run(ledger.accepted(self.aclient, ref, ordinals))
 
     def claim(
         self, ref: LedgerRef, owner: Owner, seen: Seen, scopes: Sequence[str], asks: Sequence[Ask]

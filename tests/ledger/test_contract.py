@@ -170,6 +170,30 @@ def test_dropped_is_missing(writer: Writer) -> None:
         writer.backend.reconcile(REF, [5])
 
 
+# who has the message
+
+
+def test_those_asked_about_who_have_the_message_are_told(writer: Writer) -> None:
+    for ordinal in (8, 23, 24, 999):
+        writer.claim(ordinal=ordinal)
+        writer.settle(A.ACCEPT, ordinal=ordinal)
+    writer.claim(ordinal=9)  # nothing is known of it
+    writer.claim(ordinal=10)
+    writer.settle(A.CLOSE, ordinal=10, outcome=Outcome.FAILED, reason=Reason.ADDRESS_REFUSED)
+    accepted = writer.backend.accepted_of
+    assert accepted(REF, range(1000)) == {8, 23, 24, 999}
+    assert accepted(REF, [10, 9, 24, 8]) == {8, 24}
+    assert accepted(REF, [999]) == {999}
+    assert accepted(REF, [0, 998]) == set()
+
+
+def test_of_an_absent_ledger_nobody_is_told(writer: Writer) -> None:
+    writer.claim()
+    writer.settle(A.ACCEPT)
+    writer.backend.drop()
+    assert writer.backend.accepted_of(REF, [5]) == set()
+
+
 # calls refused whole
 
 
