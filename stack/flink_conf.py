@@ -154,6 +154,11 @@ def settings(home: Home, ports: Mapping[str, int]) -> dict[str, object]:
         "python.executable": sys.executable,
         "python.client.executable": sys.executable,
         "env.java.opts.all": " ".join(java_module_options()),
+        # Messages between a JVM and four others wake no more threads than there is work for.
+        "pekko.fork-join-executor.parallelism-min": 2,
+        "pekko.fork-join-executor.parallelism-max": 4,
+        "pekko.remote-fork-join-executor.parallelism-min": 1,
+        "pekko.remote-fork-join-executor.parallelism-max": 2,
         "web.refresh-interval": 3000,
     }
 
