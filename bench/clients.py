@@ -19,7 +19,7 @@ import aiosmtplib
 import uvloop
 from pyreqwest.client import ClientBuilder
 
-from schemas.message import Content, Message, Provider, Sender, Verdict
+from schemas.message import Content, Message, Sender, Verdict
 from sinks.http1 import HttpClient
 from sinks.providers.sendgrid import SendGrid
 from sinks.providers.smtp import Smtp
@@ -168,7 +168,7 @@ async def _pyreqwest(port: int) -> tuple[float, float]:
         return await _measure(send)
 
 
-async def _adapter(provider: Provider) -> tuple[float, float]:
+async def _adapter(provider: Smtp | SendGrid) -> tuple[float, float]:
     message = _message()
 
     async def send() -> None:

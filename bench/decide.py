@@ -39,6 +39,8 @@ from transforms.decide import decide_page, fold_page_outcomes
 
 NOW = datetime(2026, 3, 10, 12, 0, tzinfo=UTC)
 PAGES = 100
+SIZES = (50, 125, 250)
+"""Recipients of a page, beside full ones: what a page costs, however many it has."""
 CAPS = (
     CapRule(
         "daily",
@@ -98,15 +100,15 @@ class Page:
     flags: bytes
 
 
-def _page(number: int) -> Page:
-    ids = [f"person-{number:05d}-{i:03d}" for i in range(PAGE_SIZE)]
+def _page(number: int, size: int = PAGE_SIZE) -> Page:
+    ids = [f"person-{number:05d}-{i:03d}" for i in range(size)]
     sets = (
         frozenset({"email:offers"}),
         frozenset({"email:*", "sms:offers"}),
         frozenset({"sms:*"}),
     )
-    index = [2 if i % 20 == 0 else i % 2 for i in range(PAGE_SIZE)]
-    return Page(ids, ["Europe/Berlin"] * PAGE_SIZE, sets, index, bytes([HAS_EMAIL]) * PAGE_SIZE)
+    index = [2 if i % 20 == 0 else i % 2 for i in range(size)]
+    return Page(ids, ["Europe/Berlin"] * size, sets, index, bytes([HAS_EMAIL]) * size)
 
 
 def _reservations(apart: timedelta) -> tuple[Reservation, ...]:
@@ -142,7 +144,7 @@ def _states(page: Page, kind: str, number: int) -> dict[str, bytes]:
     return states
 
 
-def _order(page: int) -> PageOrder:
+def _order(page: int, size: int = PAGE_SIZE) -> PageOrder:
     return PageOrder(
         SPEC.tenant,
         SPEC.run,
@@ -152,19 +154,20 @@ def _order(page: int) -> PageOrder:
         0,
         page,
         0,
-        bitmap_bytes(full_bitmap(PAGE_SIZE)),
+        bitmap_bytes(full_bitmap(size)),
         NOW,
     )
 
 
-def _timed(name: str, work: Callable[[int], object]) -> dict[str, float]:
+def _timed(
+    name: str, work: Callable[[int], object], people: int = PAGES * PAGE_SIZE
+) -> dict[str, float]:
     seconds = math.inf
     for _ in range(3):
         before = time.process_time()
         for page in range(PAGES):
             work(page)
         seconds = min(seconds, time.process_time() - before)
-    people = PAGES * PAGE_SIZE
     print(
         f"{name:52} {people / seconds:>10,.0f}/s {seconds / people * 1e6:>7.2f} µs",
         file=sys.stderr,
@@ -223,6 +226,16 @@ def run() -> dict[str, float]:
             ),
         )
         assert all(len(one.states) > PAGE_SIZE * 0.9 for one in decided)
+    for size in SIZES:
+        small = [_page(number, size) for number in range(PAGES)]
+        asked = [_order(number, size) for number in range(PAGES)]
+        figures |= _timed(
+            f"decide: no state, 2 caps, pages of {size}",
+            lambda n, o=asked, p=small: decide_page(  # type: ignore[misc]
+                o[n], SPEC, p[n], lambda recipient: None, NOW
+            ),
+            PAGES * size,
+        )
     return figures
 
 

@@ -251,7 +251,8 @@ def _measure(
 
 
 @contextlib.contextmanager
-def _place(people: int) -> Iterator[_Place]:
+def place(people: int) -> Iterator[Place]:
+    """Servers of its own and an audience of so many."""
     with tempfile.TemporaryDirectory(prefix="fanfare-bench-") as name:
         folder = Path(name)
         for each in ("redis", "provider"):
@@ -268,11 +269,11 @@ def _place(people: int) -> Iterator[_Place]:
                 "smtp": partial(smtp_account, smtp, "bench", SmtpTls.NONE, ("", ""), 32, True),
                 "http": partial(sendgrid_account, http, "key", 512, True),
             }
-            yield _Place(url, store, built, makers, (redis, simulator))
+            yield Place(url, store, built, makers, (redis, simulator))
 
 
 @dataclass(slots=True)
-class _Place:
+class Place:
     """Servers, an audience, and providers to open."""
 
     url: str
@@ -282,11 +283,16 @@ class _Place:
     processes: tuple[psutil.Process, psutil.Process]
     runs: int = 0
 
-    def deliver(self, kind: str, ledger: Callable[[], FullLedger] | None = None) -> Figures:
+    def deliver(
+        self,
+        kind: str,
+        ledger: Callable[[], FullLedger] | None = None,
+        in_flight: int | None = None,
+    ) -> Figures:
         """One run to everybody."""
         self.runs += 1
         route, run_id = Route(kind, "main"), RunId(f"bench-{kind}-{self.runs}")
-        account = AccountSettings(route, Limits(), IN_FLIGHT[kind], self.makers[kind])
+        account = AccountSettings(route, Limits(), in_flight or IN_FLIGHT[kind], self.makers[kind])
         spec = launch(self.url, self.store, self.built, run_id, route)
         sends = sends_to_all(self.built, spec, run_id)
         return _measure(self.url, self.store, account, sends, self.processes, ledger)
@@ -296,11 +302,11 @@ def ledger_ratio(people: int = PEOPLE, rounds: int = 3) -> dict[str, float]:
     """Delivery's rate with the ledger as a share of that without claim and settle, by turns."""
     rates: dict[bool, list[float]] = {True: [], False: []}
     cpu: dict[bool, list[float]] = {True: [], False: []}
-    with _place(people) as place:
-        place.deliver("smtp")
+    with place(people) as servers:
+        servers.deliver("smtp")
         for _ in range(rounds):
             for kept in (True, False):
-                found = place.deliver("smtp", None if kept else NoLedger)
+                found = servers.deliver("smtp", None if kept else NoLedger)
                 rates[kept].append(found.per_s)
                 cpu[kept].append(found.loop_cpu_us)
     kept_rate, bare_rate = statistics.median(rates[True]), statistics.median(rates[False])
@@ -316,9 +322,9 @@ def ledger_ratio(people: int = PEOPLE, rounds: int = 3) -> dict[str, float]:
 def run(people: int = PEOPLE, kinds: Sequence[str] = ("smtp", "http")) -> dict[str, float]:
     """Measure; {figure: number}."""
     figures: dict[str, float] = {}
-    with _place(people) as place:
+    with place(people) as servers:
         for kind in kinds:
-            found = place.deliver(kind)
+            found = servers.deliver(kind)
             figures |= {
                 f"{kind}_per_s": round(found.per_s),
                 f"{kind}_loop_cpu_us": round(found.loop_cpu_us, 1),

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
+from ruamel.yaml import YAML
 
 from bench.rendering import HTML, SUBJECT
 from pipelines.audience import AudienceRequest, BuiltAudience, build_audience
@@ -113,13 +114,22 @@ def variables(**values: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_stack(
-    jobs: Sequence[str], taskmanagers: int | None = None, parallelism: int = 1, **settings: str
+    jobs: Sequence[str],
+    taskmanagers: int | None = None,
+    parallelism: int = 1,
+    flink: Mapping[str, str] | None = None,
+    **settings: str,
 ) -> Iterator[Home]:
-    """A stack in a folder of its own, with these jobs under these settings; gone afterwards."""
+    """A stack in a folder of its own, with these jobs under these settings; gone afterwards.
+
+    ``flink`` is of Flink's configuration, for jobs that are submitted.
+    """
     with tempfile.TemporaryDirectory(prefix="fanfare-bench-") as folder, variables(**settings):
         where = home(folder)
         try:
             lifecycle.up(where, taskmanagers=taskmanagers)
+            if flink:
+                _configure(where, flink)
             if jobs:
                 start_jobs(where, names=tuple(jobs), parallelism=parallelism)
             yield where
@@ -130,6 +140,14 @@ def own_stack(
             raise
         finally:
             lifecycle.down(where)
+
+
+def _configure(where: Home, flink: Mapping[str, str]) -> None:
+    yaml, file = YAML(), where.flink / "conf" / "config.yaml"
+    with file.open(encoding="utf-8") as handle:
+        told = yaml.load(handle)
+    with file.open("w", encoding="utf-8") as handle:
+        yaml.dump({**told, **flink}, handle)
 
 
 def audience(store: FileStore, folder: Path, people: int, first: int = 0) -> BuiltAudience:

@@ -36,7 +36,9 @@ def size_name(size: int) -> str:
 def _decisions() -> dict[str, float]:
     figures: dict[str, float] = {}
     with (
-        own_stack(("campaigns",), taskmanagers=1, FANFARE_WINDOW=str(10**9)) as where,
+        own_stack(
+            ("campaigns",), taskmanagers=1, FANFARE_WINDOW=str(engine_decide.WINDOW)
+        ) as where,
         tempfile.TemporaryDirectory(prefix="fanfare-bench-") as name,
     ):
         store, folder, first = FileStore(where.store), Path(name), 100_000_000

@@ -8,6 +8,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from schemas.errors import InvalidInput
+from sinks.secrets import UnsubscribeSecret
 from transforms.signatures import Key, read_key
 
 PREFIX = "FANFARE_"
@@ -27,7 +28,7 @@ class GatewaySettings(BaseSettings):
     keys are rotated."""
     webhook_keys: dict[str, list[str]] = Field(default_factory=dict)
     """The same for each tenant, as JSON: ``{"acme": ["MFkw…"]}``."""
-    unsubscribe_secret: SecretStr = SecretStr("")
+    unsubscribe_secret: UnsubscribeSecret = SecretStr("")
     """What unsubscribe links are signed with; empty: none is accepted."""
     webhook_body_limit: int = Field(default=1_000_000, ge=1)
     """Bytes; SendGrid posts at most 768 kB, and Kafka takes values below 1 MiB."""

@@ -18,6 +18,7 @@ from schemas.errors import InvalidInput
 from schemas.reasons import Lane
 from schemas.records import Route
 from sinks.accounts import AccountSettings, sendgrid_account, smtp_account
+from sinks.secrets import UnsubscribeSecret
 from sinks.shaping import Limits
 from sinks.smtp_client import SmtpTls
 from transforms.shaping import Limit
@@ -114,7 +115,7 @@ class DeliverySettings(JobSettings):
     """Whether providers may be at addresses that are not public: for a simulator or a relay."""
     public_url: str = ""
     """``https://…`` of the receiver as the world sees it, for unsubscribe links; empty: none."""
-    unsubscribe_secret: SecretStr = SecretStr("")
+    unsubscribe_secret: UnsubscribeSecret = SecretStr("")
     slots: Path | None = None
     """A folder in which each delivery process shows how many of its request slots are in use."""
 

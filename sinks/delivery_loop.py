@@ -1,8 +1,9 @@
-"""Delivery's loop: shape, render, claim, request, settle, outcome; all of it on one event loop.
+"""Delivery's loop: shape, claim, render, request, settle, outcome; all of it on one event loop.
 
 Each stream (a run's leg on one route) has a driver that takes batches for as long as it has work:
-permits, then tokens, then the ledger's leave, then the requests. Waiting, paused and
-broken-circuit work holds no permit. An outcome is told only after the ledger has it.
+permits, then tokens, then the ledger's leave, then the requests. Messages are rendered while the
+ledger is asked. Waiting, paused and broken-circuit work holds no permit. An outcome is told only
+after the ledger has it.
 
 A permit is taken before the claim and given back after the settle: whoever kills the process leaves
 in doubt no more messages than permits were in use (`sinks.slots` shows how many).
@@ -74,7 +75,7 @@ from transforms.shaping import Grant
 log = logging.getLogger(__name__)
 
 BATCH = LARGEST_CALL
-"""Messages that are rendered and claimed together, if the permits allow."""
+"""Messages that are claimed together, if the permits allow."""
 ROUND = 4 * BATCH
 """Messages for which permits and tokens are taken together."""
 RECALL_S = 60.0
@@ -421,7 +422,7 @@ class DeliveryLoop:
         Says what the buckets said, and how long not to ask them again.
         """
         account, line = stream.account, stream.line
-        held = 0
+        held, wait_s = 0, 0.0
         try:
             if account is not None:
                 held = await account.permits.take(sum(len(one.indexes) for one in batches))
@@ -437,19 +438,18 @@ class DeliveryLoop:
                     held = 0
                 tokens = _Tokens(self, account, grant, len(batches))
                 questions = [self._ask(batch, account, tokens) for batch in batches]
-                await _render_meanwhile(questions)
                 if grant.granted < wanted and grant.wait_ms:
-                    return Turn.SEND, _token_wait(grant)
-                return Turn.SEND, 0.0
-            turns = []
-            for batch in batches:
-                turns.append(turn := self._turned_down(stream, batch, grant))
-                if turn is Turn.ASK:
-                    held -= len(batch.indexes) if account is not None else 0
-            turn = next((one for one in turns if one in (Turn.ASK, Turn.NEXT_ROUTE)), turns[0])
-            if turn is Turn.WAIT:
-                self.counts["waits_for_tokens"] += 1
-            return turn, _token_wait(grant) if turn in (Turn.WAIT, Turn.PARK) else 0.0
+                    wait_s = _token_wait(grant)
+            else:
+                turns = []
+                for batch in batches:
+                    turns.append(turn := self._turned_down(stream, batch, grant))
+                    if turn is Turn.ASK:
+                        held -= len(batch.indexes) if account is not None else 0
+                turn = next((one for one in turns if one in (Turn.ASK, Turn.NEXT_ROUTE)), turns[0])
+                if turn is Turn.WAIT:
+                    self.counts["waits_for_tokens"] += 1
+                return turn, _token_wait(grant) if turn in (Turn.WAIT, Turn.PARK) else 0.0
         except Unavailable as error:
             _kept(batches, 0)
             if not stream.unheard:
@@ -460,6 +460,8 @@ class DeliveryLoop:
         finally:
             if account is not None and held:
                 account.permits.give(held)
+        await _render_meanwhile(questions)
+        return Turn.SEND, wait_s
 
     def _turned_down(self, stream: Stream, batch: Batch, grant: Grant) -> Turn:
         """What becomes of a batch for which there is no token. Asked, it keeps its permits."""
@@ -522,12 +524,21 @@ class DeliveryLoop:
         work.desk.ask(question)
         return question
 
-    def render(self, batch: Batch, rendered: Rendered, begin: int, end: int) -> None:
-        """Render those at these positions of a batch, unless the page is known to be unreadable."""
+    def render(self, batch: Batch, rendered: Rendered, begin: int, end: int) -> bool:
+        """Render those at these positions of a batch, unless the page is known to be unreadable.
+
+        False after a defect: the job fails of it. Their claims are perhaps under way, and will be
+        released, since a message that was not rendered does not leave.
+        """
         context = batch.stream.line.context
         indexes = batch.indexes[begin:end]
         if context is not None and not all(index in rendered.failed for index in indexes):
-            self._reader.render(batch.work.send, context, indexes, rendered, begin)
+            try:
+                self._reader.render(batch.work.send, context, indexes, rendered, begin)
+            except Exception as error:
+                self._failed(error)
+                return False
+        return True
 
     # What the ledger said
 
@@ -781,7 +792,7 @@ class _Tokens:
 class _Question:
     """A batch at its ledger's desk, with the permits and tokens that it holds."""
 
-    __slots__ = ("_account", "_batch", "_done", "_loop", "_rendered", "_tokens", "asks", "scopes")
+    __slots__ = ("_account", "_batch", "_left", "_loop", "_rendered", "_tokens", "asks", "scopes")
 
     def __init__(
         self,
@@ -800,21 +811,24 @@ class _Question:
         self._account = account
         self._tokens = tokens
         self._rendered = rendered
-        self._done = 0 if account is not None and tokens is not None else len(asks)
+        self._left = len(asks) if account is not None and tokens is not None else 0
+        """How many are to be rendered."""
 
     def render(self, count: int) -> bool:
         """Render up to so many more messages; whether any are left."""
-        begin, end = self._done, min(self._done + count, len(self.asks))
-        if begin < end:
-            self._loop.render(self._batch, self._rendered, begin, end)
-            self._done = end
-        return end < len(self.asks)
+        begin = len(self.asks) - self._left
+        count = min(count, self._left)
+        if count:
+            self._left -= count
+            if not self._loop.render(self._batch, self._rendered, begin, begin + count):
+                self._left = 0
+        return self._left > 0
 
     def answer(self, verdicts: Sequence[LedgerVerdict]) -> None:
         """Send what was claimed."""
-        leave = self._tokens is not None
+        leave = self._tokens is not None and not self._loop.stopping
         if leave:
-            self.render(len(self.asks))
+            self.render(self._left)
         claimed, sent = self._loop.judged(
             self._batch, self._account, self._rendered, verdicts, leave
         )
@@ -831,13 +845,14 @@ class _Question:
 
     def impossible(self, error: Corrupt) -> bool:
         """See `DeliveryLoop.impossible`."""
+        self.render(self._left)  # perhaps the page can't be read
         settled = self._loop.impossible(self._batch, self._rendered, error)
         if settled:
             self._give_back(0, 0)
         return settled
 
     def _give_back(self, claimed: int, sent: int) -> None:
-        self._done = len(self.asks)
+        self._left = 0
         self._put_tokens_back(sent)
         account, self._account = self._account, None
         if account is not None:

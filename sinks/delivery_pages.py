@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from schemas.codec import decode
-from schemas.errors import Corrupt, FanfareError, InvalidTemplate, MissingSnapshot, RenderingFailed
+from schemas.errors import Corrupt, FanfareError, InvalidTemplate, MissingSnapshot
 from schemas.ids import RecipientId
 from schemas.message import Message
 from schemas.pages import PAGE_SIZE
@@ -125,7 +125,7 @@ class Reader:
                 rendered.messages[position] = message_to(
                     context, recipient, body, index, reference, time.thread_time
                 )
-            except RenderingFailed as error:
+            except FanfareError as error:
                 failed[index] = (Reason.RENDERING_FAILED, str(error))
 
     def recipient(self, send: Send, index: int) -> str:

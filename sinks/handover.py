@@ -80,7 +80,7 @@ class Handover:
             return
         self._chore.cancel()
         await asyncio.wait([self._chore])
-        with suppress(Unavailable), unavailable("say that delivery's loop has ended"):
+        with suppress(Unavailable, RedisError), unavailable("say that delivery's loop has ended"):
             await command_async(self._client, "DEL", layout.life_key(self._name))
 
     async def _live(self) -> None:

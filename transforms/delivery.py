@@ -1,7 +1,7 @@
 """Delivery's rules: what follows from a ledger's verdict and from a provider's answer.
 
 Pure functions over small values; the loop in ``sinks.engine`` and the simulation in the tests run
-the same ones. The order that they serve: shape, render, claim, request, settle, outcome.
+the same ones. The order that they serve: shape, claim, render, request, settle, outcome.
 """
 
 from __future__ import annotations

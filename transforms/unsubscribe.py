@@ -36,16 +36,21 @@ class Unsubscription:
     channel: str
 
 
+def require_long(secret: bytes) -> None:
+    """Raise InvalidInput for a secret that can be guessed."""
+    if len(secret) < _SHORTEST_SECRET:
+        raise InvalidInput(
+            f"the unsubscribe secret has {len(secret)} bytes: use at least {_SHORTEST_SECRET}"
+        )
+
+
 def make_token(secret: bytes, tenant: str, recipient_id: str, topic: str, channel: str) -> str:
     """Make the token; the same arguments always give the same one (about 3 µs).
 
     Raises:
         InvalidInput: the secret is shorter than 16 bytes, or a field longer than 255.
     """
-    if len(secret) < _SHORTEST_SECRET:
-        raise InvalidInput(
-            f"the unsubscribe secret has {len(secret)} bytes: use at least {_SHORTEST_SECRET}"
-        )
+    require_long(secret)
     body = bytearray(_VERSION)
     for field in (tenant, recipient_id, topic, channel):
         raw = field.encode()

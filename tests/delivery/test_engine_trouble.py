@@ -17,10 +17,12 @@ import pytest
 
 from pipelines.audience import BuiltAudience
 from schemas.errors import Fenced
+from schemas.ids import RecipientId
 from schemas.message import Answer, Message, Verdict
-from schemas.pages import PAGE_SIZE, bitmap_bytes, bitmap_of
+from schemas.pages import PAGE_SIZE, SHARDS, bitmap_bytes, bitmap_of
 from schemas.reasons import Lane, Outcome, Reason, RunStatus
 from schemas.snapshot import shard_file_name
+from sinks import delivery_pages
 from sinks.engine import DeliveryEngine
 from sinks.providers.fake import FakeProvider, accept
 from sinks.redis_client import command
@@ -65,6 +67,30 @@ def test_a_template_that_fails_on_one_person(
     assert letter.step == "delivery/render"
     assert "nothing" in letter.detail
     assert letter.ordinals == bitmap_bytes(bitmap_of([3]))
+
+
+def test_in_a_large_batch_everybody_gets_what_is_theirs(
+    shop: MakeShop, operator: Operator, running: Running
+) -> None:
+    """A batch is rendered in steps, while the ledger is asked or after it has answered."""
+    one, provider = shop(), FakeProvider()
+    unlucky = [one.recipients(BIG)[index].replace("p", "N") for index in (15, 16, 40)]
+    failing = " or ".join(f"first_name == '{name}'" for name in unlucky)
+    one = shop(leg={"subject": "{% if " + failing + " %}{{ nothing }}{% endif %}{{ first_name }}"})
+    running(one.engine((MAIN, provider, 256)))
+    operator.submit(one.send(BIG, range(200)))
+    operator.finish()
+    assert operator.tally() == {
+        (Outcome.ACCEPTED, Reason.PROVIDER_ACCEPTED): 197,
+        (Outcome.FAILED, Reason.RENDERING_FAILED): 3,
+    }
+    for each in provider.attempts:
+        name = each.content.subject
+        assert each.to_address == name.replace("N", "p") + "@mail.example"
+        assert each.content.html == f"<p>{name}</p>"
+    told = operator.by_ordinal(BIG)
+    failed = {at for at, groups in told.items() if groups[0].outcome is Outcome.FAILED}
+    assert failed == {15, 16, 40}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +152,26 @@ def test_recipients_that_the_snapshot_does_not_have(
         (Outcome.ACCEPTED, Reason.PROVIDER_ACCEPTED): 30 + sound,
         (Outcome.FAILED, Reason.CORRUPT_PAGE): 20 - sound,
     }
+
+
+def test_a_damaged_page_that_its_ledger_does_not_have_either(
+    shop: MakeShop, operator: Operator, running: Running, tmp_path: Path
+) -> None:
+    """The order was made for another snapshot, whose page can't be read: that is final."""
+    one = shop()
+    shutil.copytree(one.store.root, tmp_path / "store")
+    one.store = FileStore(tmp_path / "store")
+    path = one.store.root / "snapshots" / one.built.snapshot / shard_file_name(OTHER_KEY)
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+    assert len(one.recipients(OTHER_KEY)) == 30, "the page's index can be read"
+    one.server.drop(one.run)
+    one.server.create(one.run, [20] * SHARDS)
+    running(one.engine((MAIN, FakeProvider(), 64)))
+    operator.submit(one.send())
+    operator.finish()
+    assert operator.tally() == {(Outcome.FAILED, Reason.CORRUPT_PAGE): 30}
 
 
 # Ledgers
@@ -456,6 +502,38 @@ def test_a_defect_ends_the_loop_and_the_operator_hears_of_it(
     engine.stop()
     with pytest.raises(RuntimeError, match="loop ended"):
         operator.collect()
+
+
+def test_a_defect_in_rendering_leaves_no_claim_and_loses_no_answer(
+    shop: MakeShop, operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = shop()
+    first = FakeProvider(latency=timedelta(milliseconds=100))
+    render, bad = delivery_pages.message_to, one.recipients(BIG)[100]
+
+    def broken(context: Any, recipient: str, *rest: Any) -> Message:
+        if recipient == bad:
+            raise ZeroDivisionError("a defect of rendering")
+        return render(context, RecipientId(recipient), *rest)
+
+    monkeypatch.setattr(delivery_pages, "message_to", broken)
+    engine = one.engine((MAIN, first, 256))
+    operator.start(engine)
+    operator.submit(one.send(BIG, range(200)))
+    with pytest.raises(RuntimeError, match="loop ended") as raised:
+        operator.until(lambda: False)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    engine.stop()
+    assert not one.matters(BIG), "what was claimed is settled or released"
+    assert one.server.accepted(one.ledger(BIG)) == len(first.accepted)
+    monkeypatch.setattr(delivery_pages, "message_to", render)
+    second = FakeProvider()
+    successor = one.engine((MAIN, second, 64))
+    operator.start(successor)
+    operator.finish()
+    successor.stop()
+    sent = [each.send_id for each in first.accepted + second.accepted]
+    assert len(sent) == len(set(sent)) == 200
 
 
 def test_what_keeps_the_loop_from_starting_is_raised(shop: MakeShop) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.settings import load
 from schemas.errors import InvalidInput
 from transforms.unsubscribe import InvalidToken, Unsubscription, make_token, read_token
 
@@ -62,3 +63,21 @@ def test_weak_secrets_and_endless_fields_are_refused() -> None:
 def test_a_token_is_short_enough_for_one_header_line() -> None:
     token = make_token(SECRET, "acme", "3f0c7b6e-1f2d-4c3b-9a8e-7d6c5b4a3f2e", "offers", "email")
     assert len(token) < 120
+
+
+@pytest.mark.parametrize("secret", ["s" * 15, "short"])
+def test_settings_refuse_a_secret_that_can_be_guessed_and_do_not_repeat_it(
+    monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    monkeypatch.setenv("FANFARE_KAFKA", "127.0.0.1:1")
+    monkeypatch.setenv("FANFARE_UNSUBSCRIBE_SECRET", secret)
+    with pytest.raises(InvalidInput, match=r"UNSUBSCRIBE_SECRET.*use at least 16") as raised:
+        load()
+    assert secret not in str(raised.value)
+
+
+def test_settings_take_no_secret_and_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FANFARE_KAFKA", "127.0.0.1:1")
+    for secret in ("", "s" * 16):
+        monkeypatch.setenv("FANFARE_UNSUBSCRIBE_SECRET", secret)
+        assert load().unsubscribe_secret.get_secret_value() == secret
