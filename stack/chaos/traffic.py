@@ -30,6 +30,8 @@ from schemas.records import (
     WhenZoneUnknown,
 )
 from schemas.topics import sends_topic
+from sinks import runs
+from sinks.redis_client import connect
 from sinks.redis_ports import connect_registry
 from sinks.store import FileStore
 from stack.chaos.records import Trial
@@ -45,6 +47,7 @@ _ANSWER = timedelta(seconds=120)
 _PATIENCE = timedelta(seconds=120)
 _ACKNOWLEDGE_S = 12.0
 _AGAIN_S = 0.5
+_GLANCE = timedelta(milliseconds=200)
 
 
 def spec(
@@ -93,11 +96,13 @@ class Launched:
     stream: int
     wanted: int
     sent: int = 0
+    over: bool = False
+    """Completed: what has not reached the provider by then is in doubt, and never will."""
 
     @property
     def remaining(self) -> int:
-        """Messages that have not reached the provider, when it was last asked."""
-        return max(0, self.wanted - self.sent)
+        """Messages that may yet reach the provider, when it was last asked."""
+        return 0 if self.over else max(0, self.wanted - self.sent)
 
 
 @dataclass(slots=True)
@@ -130,10 +135,17 @@ class Campaigns:
 
     def look(self) -> int:
         """Ask the provider how far the runs are; how many messages it has in all."""
-        control = Control(endpoints(self.home).simulator)
-        for one in self.runs:
-            if one.remaining:
-                one.sent = int(control.stats(one.run)["unique"])
+        at = endpoints(self.home)
+        control = Control(at.simulator)
+        going = [one for one in self.runs if one.remaining]
+        for one in going:
+            one.sent = int(control.stats(one.run)["unique"])
+        redis = connect(at.redis, _GLANCE)
+        with suppress(Unavailable):  # Redis may be what was struck
+            for one in going:
+                found = runs.read(redis, Tenant(TENANT), RunId(one.run))
+                one.over = found is not None and found.status.terminal
+        redis.close()
         return sum(one.sent for one in self.runs)
 
     @property
@@ -161,7 +173,7 @@ class Campaigns:
         """Let what is left run at another rate: nothing is to break any more."""
         self.look()
         for one in self.runs:
-            # What is in doubt never arrives: a run with so little left may be over.
+            # With so little left it may be over before it is heard.
             if one.remaining > self.rate:
                 self.set_rate(one.run, rate)
 
