@@ -53,6 +53,7 @@ def main() -> None:
             examine=misfits,
             policy=CoordinatePolicy(
                 window=settings.window,
+                commit=settings.checkpoint_interval,
                 silence=settings.transaction_timeout + settings.silence_margin,
             ),
             dead_letter_ratio=settings.dead_letter_ratio,

@@ -48,15 +48,17 @@ class CoordinatePolicy:
     """What a deployment decides of coordinating.
 
     ``window``: recipients of a leg that may be open at once where no rate is set.
-    ``window_time``: where a rate is set, the window is what the rate needs in this time: it must
-    cover a transaction's commit, delivery and the way back.
+    ``commit``: how long a Kafka transaction lies open. Where a rate is set, the window is what the
+    rate needs in three of them (an order, a decision and the next order wait for one each) and in
+    ``way``: delivery, and its outcomes' way back.
     ``silence``: an order whose result was not heard for so long is given again; it must exceed the
     longest that a Kafka transaction may live.
     ``closings_per_step``: pages of a cancelled or expired run that are closed in one step.
     """
 
     window: int = 100_000
-    window_time: timedelta = timedelta(seconds=12)
+    commit: timedelta = timedelta(seconds=2)
+    way: timedelta = timedelta(seconds=6)
     silence: timedelta = timedelta(minutes=20)
     closings_per_step: int = 200
     progress_interval: timedelta = timedelta(seconds=2)
@@ -71,7 +73,7 @@ class CoordinatePolicy:
         """How many recipients of a leg may be open at once, at least one page."""
         if rate_per_second is None:
             return self.window
-        wanted = int(rate_per_second * self.window_time.total_seconds())
+        wanted = int(rate_per_second * (3 * self.commit + self.way).total_seconds())
         return max(4 * PAGE_SIZE, min(self.window, wanted))
 
 

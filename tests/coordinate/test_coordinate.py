@@ -188,6 +188,13 @@ def test_a_rate_makes_the_window() -> None:
     assert field.memory.open == 100
 
 
+def test_longer_transactions_make_a_larger_window() -> None:
+    short = CoordinatePolicy(commit=timedelta(seconds=2)).room(1_000.0)
+    long = CoordinatePolicy(commit=timedelta(seconds=10)).room(1_000.0)
+    assert (short, long) == (12_000, 36_000)
+    assert CoordinatePolicy(commit=timedelta(minutes=5)).room(1_000.0) == CoordinatePolicy().window
+
+
 def test_legs_have_windows_of_their_own() -> None:
     field = Field((6,), campaign(), window=2)
     field.launch()
