@@ -16,7 +16,7 @@ from schemas.records import CommandKind, Outcomes, PageOrder, PageResult
 from tests.coordinate.field import FINAL, Field, members, one_leg
 from tests.decide.people import EMAIL, NOON, SMS, campaign
 from tests.simulation.world import PAGE, small_pages
-from transforms.coordinate import RunMemory, problems_of
+from transforms.coordinate import CoordinatePolicy, RunMemory, problems_of
 
 MINUTE = timedelta(minutes=1)
 SILENCE = timedelta(minutes=20)
