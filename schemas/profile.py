@@ -30,7 +30,7 @@ KNOWN_COLUMNS: dict[str, str] = {
 }
 
 CONSENT_SEPARATOR = ";"
-MAX_RECIPIENT_ID_BYTES = 255
+MAX_RECIPIENT_ID_BYTES = 256
 MAX_EMAIL_BYTES = 254
 """RFC 5321, 4.5.3.1.3 with erratum 1690: a path is 256 octets, two of them angle brackets."""
 MAX_EMAIL_LOCAL_BYTES = 64

@@ -54,6 +54,8 @@ class Wire(asyncio.Protocol):
         self._limit = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        self.gone = False
+        """Whether there is no connection any more."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection is there (with TLS: its handshake is done)."""
@@ -124,6 +126,7 @@ class Wire(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone, whoever closed it."""
+        self.gone = True
         self.usable = False
         if self._timer is not None:
             self._timer.cancel()
@@ -135,7 +138,8 @@ class Wire(asyncio.Protocol):
     def abort(self) -> None:
         """Close at once, without a good-bye."""
         self.usable = False
-        self.transport.abort()
+        if not self.gone:  # some versions of asyncio can't abort TLS that has ended
+            self.transport.abort()
 
     def bye(self) -> None:
         """Close after what is buffered has left."""

@@ -308,6 +308,6 @@ class _HttpWire(Wire):
         if self.usable:
             self._reset()
         else:
-            self.transport.abort()
+            self.abort()
         request.end(result)
         self._pool.give(self)

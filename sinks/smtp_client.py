@@ -551,7 +551,7 @@ class _SmtpWire(Wire):
             if not command.done():
                 command.set_exception(NotSent(reason, "the SMTP session could not be opened"))
         if self._current is None:
-            self.transport.abort()
+            self.abort()
         elif self._refused is not None:
             self._settle(self._refused)
         elif self._ending and (not self.unsent or self._next is not None):
@@ -574,7 +574,7 @@ class _SmtpWire(Wire):
                 self.usable = False
                 following.end(NotSent("connection-lost", "the session ended before its turn"))
             if not self.usable:
-                self.transport.abort()
+                self.abort()
             elif self._messages_left <= 0:
                 self.bye()
             if self._reading:

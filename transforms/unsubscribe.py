@@ -14,8 +14,11 @@ from base64 import urlsafe_b64decode, urlsafe_b64encode
 from dataclasses import dataclass
 
 from schemas.errors import InvalidInput
+from schemas.profile import MAX_RECIPIENT_ID_BYTES
 
-_VERSION = b"\x01"
+_VERSION, _WIDE = b"\x01", b"\x02"
+"""Also how many bytes a field's length has: two are only needed for the longest recipient ids."""
+_LONGEST_FIELD = MAX_RECIPIENT_ID_BYTES
 _CONTEXT = b"fanfare-unsubscribe"
 _MAC_BYTES = 16
 _LONGEST_TOKEN = 2048
@@ -48,16 +51,18 @@ def make_token(secret: bytes, tenant: str, recipient_id: str, topic: str, channe
     """Make the token; the same arguments always give the same one (about 3 µs).
 
     Raises:
-        InvalidInput: the secret is shorter than 16 bytes, or a field longer than 255.
+        InvalidInput: the secret is shorter than 16 bytes, or a field longer than 256.
     """
     require_long(secret)
-    body = bytearray(_VERSION)
-    for field in (tenant, recipient_id, topic, channel):
-        raw = field.encode()
-        if len(raw) > 255:
-            raise InvalidInput("a field of an unsubscribe token is longer than 255 bytes")
-        body.append(len(raw))
-        body += raw
+    fields = [field.encode() for field in (tenant, recipient_id, topic, channel)]
+    longest = max(map(len, fields))
+    if longest > _LONGEST_FIELD:
+        raise InvalidInput(f"a field of an unsubscribe token is longer than {_LONGEST_FIELD} bytes")
+    version = _VERSION if longest < 256 else _WIDE
+    body = bytearray(version)
+    for field in fields:
+        body += len(field).to_bytes(version[0], "big")
+        body += field
     return urlsafe_b64encode(body + _mac(secret, body)).rstrip(b"=").decode("ascii")
 
 
@@ -76,14 +81,14 @@ def read_token(secret: bytes, token: str) -> Unsubscription:
     body, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
     if not hmac.compare_digest(_mac(secret, body), mac):
         raise InvalidToken("the unsubscribe token's signature does not match")
-    if body[:1] != _VERSION:
+    if body[:1] not in (_VERSION, _WIDE):
         raise InvalidToken("the unsubscribe token has an unknown version")
     fields: list[str] = []
-    at = 1
+    at, width = 1, body[0]
     while at < len(body):
-        size = body[at]
-        fields.append(body[at + 1 : at + 1 + size].decode())
-        at += 1 + size
+        begin = at + width
+        at = begin + int.from_bytes(body[at:begin], "big")
+        fields.append(body[begin:at].decode())
     if len(fields) != 4:
         raise InvalidToken("the unsubscribe token does not hold four fields")
     return Unsubscription(*fields)
