@@ -84,6 +84,7 @@ def _keep(section: str, told: Mapping[str, Mapping[str, float]], where: Mapping[
     about[section] = {
         "at": f"{datetime.now(UTC):%Y-%m-%d}",
         **where,
+        "runs": max(int(one["runs"]) for one in told.values()),
         "spread": {name: round(one["spread"], 3) for name, one in told.items() if one["runs"] > 1},
     }
     RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
@@ -107,12 +108,18 @@ def main() -> int:
         parser.error(f"no section {', '.join(wrong)}: expected {', '.join(SECTIONS)}")
     console = Console(stderr=options.json)
     figures: dict[str, dict[str, float]] = {}
+    broken: list[str] = []
     for name in options.section or SECTIONS:
         section, where = SECTIONS[name], machine()
         began = time.monotonic()
         runs = options.runs or section.runs
         console.print(f"[dim]{name}: {section.about}, measured {runs} times[/]")
-        told = summary([section.measure() for _ in range(runs)])
+        try:
+            told = summary([section.measure() for _ in range(runs)])
+        except Exception as error:
+            broken.append(name)
+            console.print(f"[red]{name} could not be measured: {error!r}[/]\n")
+            continue
         console.print(_shown(name, told))
         console.print(
             f"[dim]{time.monotonic() - began:.0f} s, load before {where['load_before']}[/]\n"
@@ -123,7 +130,7 @@ def main() -> int:
     if not options.no_keep:
         draw(json.loads(RESULTS.read_text()))
     print(json.dumps(figures), flush=True)
-    return 0
+    return int(bool(broken))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,18 @@ from matplotlib.figure import Figure
 from bench.harness import RESULTS
 
 FOLDER = RESULTS.with_name("charts")
-PROCESSES = ("taskmanager", "jobmanager", "kafka", "redis", "clickhouse", "zookeeper", "receiver")
+PROCESSES = (
+    "taskmanager",
+    "jobmanager",
+    "kafka",
+    "redis",
+    "clickhouse",
+    "zookeeper",
+    "receiver",
+    "supervisor",
+)
 """Whose time is ours to pay; the provider simulator's is not."""
-_COLOURS = ("#1f4e79", "#5b9bd5", "#ed7d31", "#c00000", "#70ad47", "#7f7f7f", "#bfbfbf")
+_COLOURS = ("#1f4e79", "#5b9bd5", "#ed7d31", "#c00000", "#70ad47", "#7f7f7f", "#bfbfbf", "#000000")
 _OURS, _THEIRS = "#1f4e79", "#bfbfbf"
 
 Figures = Mapping[str, float]

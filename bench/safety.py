@@ -33,7 +33,7 @@ PEOPLE = int(os.environ.get("FANFARE_BENCH_PEOPLE", "150000"))
 KILLS = 3
 PAUSES = 5
 SPARE = 1
-_LOAD = timedelta(minutes=int(os.environ.get("FANFARE_BENCH_LOAD_MINUTES", "3")))
+_LOAD = timedelta(minutes=int(os.environ.get("FANFARE_BENCH_LOAD_MINUTES", "10")))
 """How long full load lasts where failovers are counted."""
 
 

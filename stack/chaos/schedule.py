@@ -129,6 +129,7 @@ _QUICK = (
     Fault(Deed.KILL, Part.DELIVERY),
     Fault(Deed.KILL, Part.CRITICAL),
     Fault(Deed.KILL, Part.CAMPAIGNS),
+    Fault(Deed.KILL, Part.JOBMANAGER),
     Fault(Deed.KILL, Part.REDIS),
     Fault(Deed.KILL, Part.KAFKA),
     Fault(Deed.PROVIDER, trouble=Trouble.RESET_AFTER, lasts_s=3.0),

@@ -164,6 +164,8 @@ class ScriptedSmtp:
     commands: list[str] = field(default_factory=list)
     together: list[int] = field(default_factory=list)
     stop_reading_data: bool = False
+    piece: int = 0
+    """How many bytes of a reply are written together; 0: all."""
 
     def _scripted(self, verb: str, normal: str) -> str:
         value = self.script.get(verb, normal)
@@ -183,8 +185,13 @@ class ScriptedSmtp:
         if action == "hang":
             await forever()
         if action:
-            writer.write(action.encode() + b"\r\n")
-            await writer.drain()
+            reply = action.encode() + b"\r\n"
+            size = self.piece or len(reply)
+            for begin in range(0, len(reply), size):
+                writer.write(reply[begin : begin + size])
+                await writer.drain()
+                if self.piece:
+                    await asyncio.sleep(0.001)
 
     async def __call__(self, reader: Reader, writer: Writer) -> None:
         await self._act(writer, self._scripted("connect", "220 scripted ESMTP"))

@@ -226,7 +226,47 @@ def test_a_text_that_did_not_leave_whole_was_not_sent(run: Run, how: str) -> Non
     run(main())
 
 
-@pytest.mark.parametrize("verb", ["connect", "EHLO", "MAIL", "DATA"])
+def test_silence_after_the_dot_is_in_doubt_in_time(run: Run) -> None:
+    async def main() -> None:
+        async with Server(ScriptedSmtp({".": "hang"})) as server:
+            smtp = client(server, timeouts=SmtpTimeouts(end_of_data=timedelta(seconds=0.3)))
+            began = asyncio.get_running_loop().time()
+            with pytest.raises(InDoubt, match="timeout"):
+                await send(smtp)
+            assert 0.2 < asyncio.get_running_loop().time() - began < 3
+            await smtp.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7])
+def test_replies_are_read_however_they_are_cut(run: Run, piece: int) -> None:
+    async def main() -> None:
+        script = ScriptedSmtp({"RCPT": ["550-5.1.1 nobody\r\n550 5.1.1 here"]}, piece=piece)
+        async with Server(script) as server:
+            smtp = client(server)
+            refused = await send(smtp)
+            assert not refused.accepted
+            assert [(await send(smtp)).accepted for _ in range(3)] == [True] * 3
+            assert server.connections == 1
+            await smtp.close()
+
+    run(main())
+
+
+def test_an_endless_reply_is_cut_off(run: Run) -> None:
+    async def main() -> None:
+        endless = "\r\n".join(["250-" + "x" * 500] * 300)
+        async with Server(ScriptedSmtp({"MAIL": endless})) as server:
+            smtp = client(server)
+            with pytest.raises(NotSent):
+                await send(smtp, deadline=timedelta(seconds=5))
+            await smtp.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("verb", ["connect", "EHLO", "MAIL", "RCPT", "DATA"])
 def test_silence_before_the_dot_is_not_sent_in_time(run: Run, verb: str) -> None:
     async def main() -> None:
         async with Server(ScriptedSmtp({verb: "hang"})) as server:

@@ -20,7 +20,7 @@ from tests.simulation.minimise import minimised, told
 from tests.simulation.world import small_pages
 
 FIRST = int(os.environ.get("FANFARE_SIM_SEED", "0"))
-HISTORIES = int(os.environ.get("FANFARE_SIM_HISTORIES", "3000"))
+HISTORIES = int(os.environ.get("FANFARE_SIM_HISTORIES", "10000"))
 _ENOUGH = 2_000
 """From so many histories on, every kind of fault must have happened."""
 FAULTS = (
