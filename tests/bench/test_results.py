@@ -6,6 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from bench.charts import draw
+from bench.profile import REST, parts
 from bench.quick import moved, ratios
 
 FIGURES = {
@@ -53,3 +54,23 @@ def test_charts_are_pictures_and_the_same_each_time(tmp_path: Path) -> None:
         assert ElementTree.parse(one).getroot().tag.endswith("svg")
         assert one.read_bytes() == other.read_bytes()
     assert draw({"rules": {}}, tmp_path / "none") == []
+
+
+def test_a_profile_is_added_up_by_the_innermost_part_of_the_loop_alone() -> None:
+    loop = "_main (sinks/engine.py:150);_drive (sinks/delivery_loop.py:370)"
+    by_part, by_line = parts(
+        [
+            f"{loop};render (sinks/delivery_pages.py:120);root (<template html>:3) 5",
+            f"{loop};begin (sinks/smtp_client.py:330);Wire.write (sinks/connections.py:87) 3",
+            f"{loop};begin (sinks/smtp_client.py:330) 2",
+            "_main (sinks/engine.py:150) 1",
+            "collect (sinks/other.py:1) 90",
+        ]
+    )
+    assert by_part == {
+        "rendering": 5,
+        "writing to the provider (the system call)": 3,
+        "the rest of the provider's client": 2,
+        REST: 1,
+    }
+    assert by_line["root (<template html>:3)"] == 5
