@@ -18,6 +18,7 @@ from rich.table import Table
 
 from bench.charts import draw
 from bench.harness import RESULTS, machine
+from bench.targets import TARGETS, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +63,25 @@ def summary(found: list[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     return told
 
 
+def _wanted(target: Target | None, number: float) -> str:
+    if target is None:
+        return ""
+    return f"[{'green' if target.met(number) else 'red'}]{target}[/]"
+
+
 def _shown(section: str, told: Mapping[str, Mapping[str, float]]) -> Table:
     table = Table(title=f"{section}: {SECTIONS[section].about}", title_justify="left", box=None)
     table.add_column("figure")
     table.add_column("median", justify="right")
     table.add_column("spread", justify="right")
+    table.add_column("wanted", justify="right")
     for name, one in told.items():
         spread = f"{one['spread']:.0%} of {one['runs']:.0f}" if one["runs"] > 1 else ""
         table.add_row(
             name,
             f"{one['median']:,.4g}" if one["median"] < 1e4 else f"{one['median']:,.0f}",
             spread,
+            _wanted(TARGETS.get(f"{section}.{name}"), one["median"]),
         )
     return table
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
 from bench.charts import draw
+from bench.harness import RESULTS
 from bench.profile import REST, parts
 from bench.quick import moved, ratios
+from bench.targets import TARGETS
 
 FIGURES = {
     "rendering": {"render, plain Jinja2": 20.0, "render, metered": 10.0},
@@ -74,3 +77,12 @@ def test_a_profile_is_added_up_by_the_innermost_part_of_the_loop_alone() -> None
         REST: 1,
     }
     assert by_line["root (<template html>:3)"] == 5
+
+
+def test_targets_are_of_figures_that_are_measured() -> None:
+    results = json.loads(RESULTS.read_text())
+    for name, target in TARGETS.items():
+        section, figure = name.split(".")
+        assert figure in results[section], name
+        assert target.met(target.limit)
+        assert not target.met(target.limit + (-1 if target.at_least else 1))
