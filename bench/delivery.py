@@ -298,7 +298,7 @@ class Place:
         return _measure(self.url, self.store, account, sends, self.processes, ledger)
 
 
-def ledger_ratio(people: int = PEOPLE, rounds: int = 3) -> dict[str, float]:
+def ledger_ratio(people: int = PEOPLE, rounds: int = 7) -> dict[str, float]:
     """Delivery's rate with the ledger as a share of that without claim and settle, by turns."""
     rates: dict[bool, list[float]] = {True: [], False: []}
     cpu: dict[bool, list[float]] = {True: [], False: []}
