@@ -48,7 +48,8 @@ SMTP, SENDGRID = Route("smtp", "main"), Route("sendgrid", "main")
 ZONES = ("Europe/Berlin", "America/New_York", "Asia/Tokyo", "Africa/Lagos", "Australia/Sydney")
 COLUMNS = ("points", "city", "code", "offer", "link", "company", "expires")
 _OURS = "FANFARE_"
-_ANSWER = timedelta(seconds=60)
+_ANSWER = timedelta(minutes=5)
+"""Of the coordinator. Where the window is unlimited, a launch is answered when all are decided."""
 
 
 def _commit() -> str:
