@@ -18,7 +18,7 @@ class Target:
         return number >= self.limit if self.at_least else number <= self.limit
 
     def __str__(self) -> str:
-        return f"{'≥' if self.at_least else '≤'} {self.limit:,g}"
+        return f"{'≥' if self.at_least else '≤'} {self.limit:,.10g}"
 
 
 def _at_most(limit: float) -> Target:
