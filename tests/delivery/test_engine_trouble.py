@@ -120,16 +120,21 @@ def test_what_makes_a_whole_run_undeliverable(
     assert all(letter.detail for letter in operator.letters)
 
 
-def test_a_page_that_was_damaged(
-    shop: MakeShop, operator: Operator, running: Running, tmp_path: Path
-) -> None:
-    one = shop()
-    shutil.copytree(one.store.root, tmp_path / "store")
-    one.store = FileStore(tmp_path / "store")
+def damage(one: Shop, folder: Path) -> None:
+    """Give a shop a store of its own in which the page of ``OTHER_KEY`` has a bit turned."""
+    shutil.copytree(one.store.root, folder / "store")
+    one.store = FileStore(folder / "store")
     path = one.store.root / "snapshots" / one.built.snapshot / shard_file_name(OTHER_KEY)
     data = bytearray(path.read_bytes())
     data[-40] ^= 1
     path.write_bytes(data)
+
+
+def test_a_page_that_was_damaged(
+    shop: MakeShop, operator: Operator, running: Running, tmp_path: Path
+) -> None:
+    one = shop()
+    damage(one, tmp_path)
     running(one.engine((MAIN, FakeProvider(), 8)))
     operator.submit(one.send(), one.send(SAME_KEY))
     operator.finish()
@@ -159,12 +164,7 @@ def test_a_damaged_page_that_its_ledger_does_not_have_either(
 ) -> None:
     """The order was made for another snapshot, whose page can't be read: that is final."""
     one = shop()
-    shutil.copytree(one.store.root, tmp_path / "store")
-    one.store = FileStore(tmp_path / "store")
-    path = one.store.root / "snapshots" / one.built.snapshot / shard_file_name(OTHER_KEY)
-    data = bytearray(path.read_bytes())
-    data[-40] ^= 1
-    path.write_bytes(data)
+    damage(one, tmp_path)
     assert len(one.recipients(OTHER_KEY)) == 30, "the page's index can be read"
     one.server.drop(one.run)
     one.server.create(one.run, [20] * SHARDS)
