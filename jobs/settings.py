@@ -69,9 +69,8 @@ class CampaignsSettings(JobSettings):
 
     redis: SecretStr
     """``redis://[:password@]host:port/db``."""
-    window: int = Field(default=100_000, ge=500, le=1_000_000)
-    """Recipients of a leg that may be ordered and not resolved at once, where no rate is set. No
-    more than a million: ten million, launched at once, stood still for good."""
+    window: int = Field(default=100_000, ge=500)
+    """Recipients of a leg that may be ordered and not resolved at once, where no rate is set."""
     transaction_timeout: timedelta = timedelta(minutes=15)
     """Of Kafka transactions: longer than the longest outage that is to be lived through."""
     silence_margin: timedelta = timedelta(minutes=2)

@@ -14,9 +14,11 @@ nothing.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from heapq import heapify, heappop, heappush
 
 from schemas.codec import to_millis
 from schemas.ids import LegId, ObjectId, derive, run_key
@@ -53,6 +55,8 @@ class CoordinatePolicy:
     ``way``: delivery, and its outcomes' way back.
     ``silence``: an order whose result was not heard for so long is given again; it must exceed the
     longest that a Kafka transaction may live.
+    ``unanswered``: orders of a leg that decide may have before it, whatever the window: checkpoints
+    and commands wait behind them. Twice what 150,000 recipients a second need from order to result.
     ``closings_per_step``: pages of a cancelled or expired run that are closed in one step.
     """
 
@@ -60,11 +64,10 @@ class CoordinatePolicy:
     commit: timedelta = timedelta(seconds=2)
     way: timedelta = timedelta(seconds=6)
     silence: timedelta = timedelta(minutes=20)
+    unanswered: int = 2_000
     closings_per_step: int = 200
     progress_interval: timedelta = timedelta(seconds=2)
     remembered_commands: int = 1000
-    blocked_look: timedelta = timedelta(milliseconds=200)
-    """How soon due deferrals that found the window full are looked at again."""
     publish_interval: timedelta = timedelta(seconds=5)
     """How often the status of a run is published though it is the same: an older copy of Redis may
     have taken the place of the one that knew it."""
@@ -117,22 +120,47 @@ class RunMemory:
     """Not kept across a restart: when the run's status was last published."""
     open_by_leg: dict[LegId, int] = field(default_factory=dict)
     deferred_by_leg: dict[LegId, int] = field(default_factory=dict)
-    next_look: datetime | None = None
-    """Earliest moment at which a page may need attention (deferral due, order silent)."""
+    unanswered_by_leg: dict[LegId, int] = field(default_factory=dict)
+    """Orders and closings, not recipients."""
+    given: deque[tuple[datetime, PageKey, int]] = field(default_factory=deque)
+    """What was ordered or closed, the oldest first: when, the page, the generation. What was heard
+    of is dropped when it is the oldest."""
+    wakes: dict[LegId, list[tuple[datetime, int, int]]] = field(default_factory=dict)
+    """A heap a leg, of deferrals: when, page, shard. A deferral may be gone already."""
 
     def recount(self) -> None:
-        """Derive the counts from the pages, after the memory was loaded."""
+        """Derive counts, ``given`` and ``wakes`` from the pages, after the memory was loaded."""
         self.open_by_leg.clear()
         self.deferred_by_leg.clear()
+        self.unanswered_by_leg.clear()
+        self.wakes.clear()
+        given = []
         for key, page in self.pages.items():
             self._count(key[0], page, +1)
-        self.next_look = None
+            given += [(one.ordered_at, key, one.generation) for one in page.orders if not one.heard]
+            leg, shard, number = key
+            self.wakes.setdefault(leg, []).extend(
+                (one.wake, number, shard) for one in page.deferrals
+            )
+        self.given = deque(sorted(given))
+        for heap in self.wakes.values():
+            heapify(heap)
 
     def _count(self, leg: LegId, page: PageState, sign: int) -> None:
         opened = sum(bitmap_from(one.unresolved).bit_count() for one in page.orders)
         put_off = sum(bitmap_from(one.ordinals).bit_count() for one in page.deferrals)
-        self.open_by_leg[leg] = self.open_by_leg.get(leg, 0) + sign * opened
-        self.deferred_by_leg[leg] = self.deferred_by_leg.get(leg, 0) + sign * put_off
+        unanswered = sum(not one.heard for one in page.orders)
+        for counts, number in (
+            (self.open_by_leg, opened),
+            (self.deferred_by_leg, put_off),
+            (self.unanswered_by_leg, unanswered),
+        ):
+            counts[leg] = counts.get(leg, 0) + sign * number
+
+    def wake_at(self, key: PageKey, moment: datetime) -> None:
+        """Remember that a page has a deferral until then."""
+        leg, shard, page = key
+        heappush(self.wakes.setdefault(leg, []), (moment, page, shard))
 
     def put(self, key: PageKey, page: PageState) -> None:
         """Replace a page, keep the counts, and forget it where nothing is left to remember."""
@@ -363,7 +391,8 @@ class Coordinator:
             heard = replace(order, unresolved=bitmap_bytes(unresolved), heard=True)
             page = _with_order(page, heard)
             self.memory.put(key, replace(page, deferrals=(*page.deferrals, *put_off)))
-            self._look_at(min((one.wake for one in put_off), default=None))
+            for one in put_off:
+                self.memory.wake_at(key, one.wake)
         self._advance(now, effects)
         return effects
 
@@ -436,20 +465,11 @@ class Coordinator:
     def _set_status(self, status: RunStatus, now: datetime) -> None:
         run = self._run
         self.memory.run = replace(run, status=status, version=_later(run, now))
-        self.memory.next_look = None
-
-    def _look_at(self, moment: datetime | None) -> None:
-        look = self.memory.next_look
-        if moment is not None and self._run.status.terminal:
-            # What is put off in a closed run is closed now, not when it would have been due.
-            self.memory.next_look = None
-        elif moment is not None and look is not None and moment < look:
-            self.memory.next_look = moment
 
     def _defer(self, key: PageKey, page: PageState, bits: int, wake: datetime) -> None:
         deferral = Deferral(wake, bitmap_bytes(bits))
         self.memory.put(key, replace(page, deferrals=(*page.deferrals, deferral)))
-        self._look_at(wake)
+        self.memory.wake_at(key, wake)
 
     def _advance(self, now: datetime, effects: Effects) -> None:
         """Bring the run as far as it can go now."""
@@ -477,59 +497,59 @@ class Coordinator:
         self._progress(now, effects)
 
     def _attend(self, now: datetime, effects: Effects) -> None:
-        """Re-order what is due or silent, within the window; remember when to look again."""
-        look = self.memory.next_look
-        if look is not None and now < look:
-            return
-        soonest: datetime | None = None
-        room = self._room()
-        for key in list(self.memory.pages):
-            page = self.memory.pages[key]
-            silent = [
-                one for one in page.orders if not one.heard and one.ordered_at <= now - self.silence
-            ]
-            due = [one for one in page.deferrals if one.wake <= now]
-            moments = [one.wake for one in page.deferrals if one.wake > now]
-            moments += [
-                one.ordered_at + self.silence
-                for one in page.orders
-                if not one.heard and one not in silent
-            ]
-            again = 0
-            effects.silent += len(silent)
-            for order in silent:
-                again |= bitmap_from(order.unresolved)
-            waiting = 0
-            for deferral in due:
-                waiting |= bitmap_from(deferral.ordinals)
-            if waiting and (room[key[0]] >= waiting.bit_count() or self._idle(key[0])):
-                room[key[0]] -= waiting.bit_count()
-                again |= waiting
-                page = replace(
-                    page, deferrals=tuple(one for one in page.deferrals if one not in due)
-                )
-            elif waiting:
-                moments.append(now + self.policy.blocked_look)
-            if again:
-                keep = tuple(one for one in page.orders if one not in silent)
-                self._order(key, replace(page, orders=keep), again, now, effects)
-                moments.append(now + self.silence)
-            for moment in moments:
-                soonest = moment if soonest is None or moment < soonest else soonest
-        self.memory.next_look = soonest if soonest is not None else now + self.silence
+        """Order again what is silent, and what is due as far as there is room.
+
+        What is due first goes first: one that finds no room keeps those behind it waiting.
+        """
+        for key, page, bits in self._silent(now, effects):
+            self._order(key, page, bits, now, effects)
+        for leg in self._run.legs:
+            wakes = self.memory.wakes.get(leg.leg, [])
+            while wakes and wakes[0][0] <= now:
+                _, number, shard = wakes[0]
+                key = (leg.leg, shard, number)
+                page = self._page(key)
+                due = tuple(one for one in page.deferrals if one.wake <= now)
+                bits = 0
+                for deferral in due:
+                    bits |= bitmap_from(deferral.ordinals)
+                if bits and not self._fits(leg.leg, bits.bit_count()):
+                    break
+                heappop(wakes)
+                if bits:
+                    kept = tuple(one for one in page.deferrals if one not in due)
+                    self._order(key, replace(page, deferrals=kept), bits, now, effects)
+
+    def _silent(self, now: datetime, effects: Effects) -> Iterator[tuple[PageKey, PageState, int]]:
+        """Orders and closings that were not heard of for too long: their pages without them, and
+        whom they hold."""
+        given = self.memory.given
+        while given:
+            at, key, generation = given[0]
+            page = self.memory.pages.get(key)
+            order = _order_of(page, generation)
+            silent = page is not None and order is not None and not order.heard
+            if silent and now < at + self.silence:
+                return
+            given.popleft()
+            if page is not None and order is not None and silent:
+                effects.silent += 1
+                others = tuple(one for one in page.orders if one is not order)
+                yield key, replace(page, orders=others), bitmap_from(order.unresolved)
 
     @property
     def silence(self) -> timedelta:
         """How long an order may stay unheard."""
         return self.policy.silence
 
-    def _room(self) -> dict[LegId, int]:
+    def _fits(self, leg: LegId, recipients: int) -> bool:
+        """Whether an order of so many may be given: one, however large, always may."""
+        opened = self.memory.open_by_leg.get(leg, 0)
+        if opened == 0:
+            return True
+        unanswered = self.memory.unanswered_by_leg.get(leg, 0)
         window = self.policy.room(self._run.rate_per_second)
-        opened = self.memory.open_by_leg
-        return {leg.leg: window - opened.get(leg.leg, 0) for leg in self._run.legs}
-
-    def _idle(self, leg: LegId) -> bool:
-        return self.memory.open_by_leg.get(leg, 0) == 0
+        return unanswered < self.policy.unanswered and opened + recipients <= window
 
     def _order(
         self, key: PageKey, page: PageState, bits: int, now: datetime, effects: Effects
@@ -539,7 +559,7 @@ class Coordinator:
         generation = self._generation_after(key, page)
         order = OpenOrder(generation, bitmap_bytes(bits), now, heard=False)
         self.memory.put(key, replace(page, generation=generation, orders=(*page.orders, order)))
-        self._look_at(now + self.silence)
+        self.memory.given.append((now, key, generation))
         leg, shard, number = key
         effects.orders.append(
             PageOrder(
@@ -571,12 +591,10 @@ class Coordinator:
         for position, leg in enumerate(self._run.legs):
             if leg.unordered == 0:
                 continue
-            room = self._room()[leg.leg]
             for key, size in self._walk(leg):
-                if size > room and not self._idle(leg.leg):
+                if not self._fits(leg.leg, size):
                     break
                 self._order(key, self._page(key), full_bitmap(size), now, effects)
-                room -= size
                 leg = self._step_past(position, key, size)
 
     def _walk(self, leg: LegState) -> Iterator[tuple[PageKey, int]]:
@@ -606,25 +624,19 @@ class Coordinator:
         A closing is an order that coordinate answers itself: it is open until it comes back as an
         outcome. One that was lost with its transaction is silent, and is given again.
         """
-        look = self.memory.next_look
-        if look is None or now >= look:
-            for key in list(self.memory.pages):
-                page = self.memory.pages[key]
+        for key, page, bits in self._silent(now, effects):
+            self._closing(key, page, bits, now, effects)
+        # What is put off in a closed run is closed now, not when it would have been due.
+        for leg_id, wakes in self.memory.wakes.items():
+            for _, number, shard in wakes:
+                key = (leg_id, shard, number)
+                page = self._page(key)
                 bits = 0
                 for deferral in page.deferrals:
                     bits |= bitmap_from(deferral.ordinals)
-                silent = [
-                    one
-                    for one in page.orders
-                    if not one.heard and one.ordered_at <= now - self.silence
-                ]
-                effects.silent += len(silent)
-                for order in silent:
-                    bits |= bitmap_from(order.unresolved)
                 if bits:
-                    kept = tuple(one for one in page.orders if one not in silent)
-                    self._closing(key, PageState(page.generation, kept, ()), bits, now, effects)
-            self.memory.next_look = now + timedelta(seconds=30)
+                    self._closing(key, replace(page, deferrals=()), bits, now, effects)
+            wakes.clear()
         budget = self.policy.closings_per_step
         for position, leg in enumerate(self._run.legs):
             for key, size in self._walk(leg):
@@ -641,6 +653,7 @@ class Coordinator:
         generation = self._generation_after(key, page)
         order = OpenOrder(generation, bitmap_bytes(bits), now, heard=False)
         self.memory.put(key, replace(page, generation=generation, orders=(*page.orders, order)))
+        self.memory.given.append((now, key, generation))
         cancelled = run.status is RunStatus.CANCELLED
         group = OutcomeGroup(
             outcome=Outcome.CANCELLED if cancelled else Outcome.EXPIRED,

@@ -178,6 +178,67 @@ def test_a_page_larger_than_the_window_goes_alone() -> None:
     assert len(field.orders) == 2
 
 
+def test_decide_is_never_given_more_orders_than_it_may_have_before_it() -> None:
+    field = Field((20,), campaign(), window=1000, unanswered=3)
+    field.launch()
+    assert [(one.leg, one.page) for one in field.orders] == [
+        *((EMAIL, page) for page in range(3)),
+        *((SMS, page) for page in range(3)),
+    ]
+    # An outcome that comes before its result answers nobody but whom it tells of.
+    field.hear(field.outcomes(field.orders[0], Outcome.ACCEPTED, 0))
+    assert len(field.orders) == 6
+    later = NOON + MINUTE
+    field.hear(field.result(field.orders[1], deferrals={later: (0, 1)}))
+    assert [(one.leg, one.page) for one in field.orders[6:]] == [(EMAIL, 3)]
+    # What is due waits likewise, and goes before pages that were never ordered.
+    field.tick(MINUTE)
+    assert len(field.orders) == 7
+    field.hear(field.result(field.orders[0]))
+    assert places(field.orders[7:]) == [(0, 1, 1)]
+    field.restart()
+    field.tick()
+    assert len(field.orders) == 8
+    field.accept_all()
+    assert field.status is RunStatus.COMPLETED
+
+
+def test_who_is_due_first_goes_first_and_nobody_overtakes() -> None:
+    field = Field((6,), window=6)
+    field.launch()
+    hour = timedelta(hours=1)
+    for order, wake in zip(tuple(field.orders), (3, 1, 2), strict=True):
+        field.hear(field.result(order, deferrals={NOON + wake * hour: (0, 1)}))
+    field.coordinator.policy = CoordinatePolicy(window=2)
+    field.restart()
+    field.tick(3 * hour)
+    assert places(field.orders[3:]) == [(0, 1, 1)]
+    field.hear(field.outcomes(field.orders[3], Outcome.ACCEPTED, 0))
+    assert len(field.orders) == 4
+    field.hear(field.outcomes(field.orders[3], Outcome.ACCEPTED, 1))
+    assert places(field.orders[4:]) == [(0, 2, 1)]
+    field.hear(field.outcomes(field.orders[4], Outcome.ACCEPTED, 0, 1))
+    assert places(field.orders[5:]) == [(0, 0, 1)]
+    field.hear(field.outcomes(field.orders[5], Outcome.ACCEPTED, 0, 1))
+    assert field.status is RunStatus.COMPLETED
+
+
+def test_what_is_given_again_is_looked_for_among_the_unanswered_alone() -> None:
+    """Steps of a run must not cost more the more pages it has."""
+    field = Field((200,), window=1000)
+    field.launch()
+    for order in field.orders[:-1]:
+        field.hear(field.result(order, deferrals={NOON + timedelta(hours=1): (0, 1)}))
+    assert len(field.memory.given) == 1
+    assert len(field.memory.wakes[EMAIL]) == 99
+    field.tell(CommandKind.CANCEL)
+    assert field.memory.wakes[EMAIL] == []
+    for closing in field.closings:
+        field.hear(closing)
+    field.tick(SILENCE)
+    assert len(field.memory.given) == 1 and field.memory.pending == 2
+
+
 def test_a_rate_makes_the_window() -> None:
     field = Field((100,), one_leg(rate_per_second=1.0), window=1000)
     field.launch()
@@ -643,6 +704,12 @@ class _Driver:
         again = RunMemory(memory.run, dict(memory.pages))
         again.recount()
         assert (again.open, again.deferred) == (memory.open, memory.deferred)
+        assert again.unanswered_by_leg.items() <= memory.unanswered_by_leg.items()
+        # Each that may be silent, and each deferral, will be looked at.
+        assert set(again.given) <= set(memory.given)
+        if not field.status.terminal:
+            for leg, wakes in again.wakes.items():
+                assert set(wakes) <= set(memory.wakes.get(leg, ()))
 
 
 @settings(max_examples=150, deadline=None)
@@ -650,7 +717,9 @@ class _Driver:
 def test_pending_is_counted_for_itself_and_the_window_is_kept(
     counts: tuple[int, ...], window: int, both: bool, steps: list[tuple[int, int]]
 ) -> None:
-    field = Field(counts, campaign() if both else one_leg(), window=window)
+    unanswered = 1 + window // 2
+    spec = campaign() if both else one_leg()
+    field = Field(counts, spec, window=window, unanswered=unanswered)
     driver = _Driver(field)
     driver.check()
     for kind, number in steps:
@@ -659,6 +728,7 @@ def test_pending_is_counted_for_itself_and_the_window_is_kept(
         if not field.status.terminal:
             for leg, opened in field.memory.open_by_leg.items():
                 assert opened <= max(window, PAGE), leg
+                assert field.memory.unanswered_by_leg[leg] <= unanswered
     ordered = {
         (one.leg, one.shard, one.page, index) for one in field.orders for index in members(one)
     }

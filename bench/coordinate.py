@@ -1,0 +1,97 @@
+"""What coordinate costs a page, in Python alone: part of ``make bench SECTION=scaling``.
+
+Every page is ordered, put off by quiet hours to one and the same moment, ordered again within a
+window of 24 pages, and accepted: the case in which most is remembered and looked for.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+
+from bench.harness import SMTP, TENANT, campaign
+from schemas.ids import ObjectId, RunId
+from schemas.pages import PAGE_SIZE
+from schemas.reasons import Outcome, Reason, RunStatus
+from schemas.records import (
+    Command,
+    CommandKind,
+    DeferGroup,
+    OutcomeGroup,
+    Outcomes,
+    PageOrder,
+    PageResult,
+)
+from transforms.coordinate import CoordinatePolicy, Coordinator, LaunchFacts, RunMemory
+
+_RUN = RunId("coordinated")
+_AWAKE = timedelta(hours=1)
+
+
+def _result(order: PageOrder, now: datetime, until: datetime | None) -> PageResult:
+    later = () if until is None else (DeferGroup(Reason.QUIET_HOURS, until, order.ordinals),)
+    return PageResult(
+        order.tenant,
+        order.run,
+        order.leg,
+        order.snapshot,
+        order.shard,
+        order.page,
+        order.generation,
+        order.ordered_at,
+        now,
+        b"" if later else order.ordinals,
+        (),
+        later,
+    )
+
+
+def _accepted(order: PageOrder, now: datetime) -> Outcomes:
+    everybody = tuple(range(PAGE_SIZE))
+    return Outcomes(
+        order.tenant,
+        order.run,
+        order.leg,
+        order.snapshot,
+        order.shard,
+        order.page,
+        now,
+        (
+            OutcomeGroup(
+                Outcome.ACCEPTED, Reason.PROVIDER_ACCEPTED, "", order.generation, everybody
+            ),
+        ),
+    )
+
+
+def measure(people: int) -> float:
+    """Microseconds of processor time a page of a campaign to so many."""
+    pages = people // PAGE_SIZE
+    now = datetime.now(UTC)
+    spec = campaign(_RUN, "s" * 20, SMTP)
+    launch = Command("launch", TENANT, _RUN, CommandKind.LAUNCH, now, "bench", launch=spec)
+    coordinator = Coordinator(RunMemory(), CoordinatePolicy(window=24 * PAGE_SIZE))
+    began = time.process_time()
+    coordinator.on_command(launch, now, LaunchFacts(ObjectId("5" * 64), (pages * PAGE_SIZE,)))
+    orders = coordinator.on_ledger_created(now).orders
+    until = now + _AWAKE
+    finished = 0
+    while orders:
+        given: list[PageOrder] = []
+        for order in orders:
+            first = order.generation == 0
+            given += coordinator.on_result(
+                _result(order, now, until if first else None), now
+            ).orders
+            if not first:
+                given += coordinator.on_outcomes(_accepted(order, now), now).orders
+                finished += 1
+        if not given and now < until:
+            now = until
+            given = coordinator.on_tick(now).orders
+        orders = given
+    spent = time.process_time() - began
+    run = coordinator.memory.run
+    if finished != pages or run is None or run.status is not RunStatus.COMPLETED:
+        raise RuntimeError(f"{finished} of {pages} pages were finished: {run}")
+    return spent / pages * 1e6
