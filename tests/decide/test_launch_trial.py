@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -74,3 +75,16 @@ def test_what_nothing_can_send_is_refused() -> None:
     assert problem.startswith("legs[0].routes[1]: there is no account 'smpt'")
     (problem,) = undeliverable(replace(SPEC, legs=(LEG, replace(LEG, channel=Channel.SMS))))
     assert problem.startswith("legs[1].channel: sms has no provider yet; expected email")
+
+
+def test_a_launch_looks_for_somebody_with_an_address_in_some_pages_alone() -> None:
+    read = 0
+
+    def pages() -> Iterator[tuple[list[str], PageBody]]:
+        nonlocal read
+        while True:
+            read += 1
+            yield page(2, [1, 1], addresses=False)
+
+    assert list(unrenderable(replace(SPEC, legs=(replace(LEG, text=ENDLESS),)), pages())) == []
+    assert read == 200
