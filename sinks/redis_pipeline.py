@@ -3,8 +3,9 @@
 redis-py takes a connection out of its pool for each command and sets three timers: 110 µs a call
 (m), of which a delivery loop makes a hundred for a thousand messages. Here commands that come
 together leave in one write, answers are handed out in their order, and one timer watches the
-oldest. Dialling, TLS, login and reading are redis-py's; the connection is made at the first
-command, and again at the next one after it broke. No command is ever repeated.
+oldest. Dialling, TLS and login are redis-py's, and so are the names of errors; answers are read by
+hiredis as they arrive. The connection is made at the first command, and again at the next one after
+it broke. No command is ever repeated.
 """
 
 from __future__ import annotations
@@ -18,11 +19,22 @@ from typing import Any
 
 import hiredis
 import redis.asyncio
+from redis._parsers.base import BaseParser
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as Broken
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as Late
+
+_MORE = object()
+"""An answer that is not whole yet."""
+
+
+def _error_of(text: str) -> Exception:
+    """An error that Redis answered, as redis-py names it."""
+    named: Any = BaseParser
+    error: Exception = named.parse_error(text)
+    return error
 
 
 class PipelinedRedis:
@@ -66,7 +78,7 @@ class PipelinedRedis:
         await self.disconnect()
 
 
-class _Session:
+class _Session(asyncio.Protocol):
     """One connection, from before it is made until it breaks."""
 
     def __init__(self, connection: Any, timeout_s: float) -> None:
@@ -77,17 +89,19 @@ class _Session:
         self._waiting: deque[tuple[float, asyncio.Future[Any]]] = deque()
         """When each command is late, and its answer; in the order in which they were sent."""
         self._unsent: list[bytes] = []
-        self._news = asyncio.Event()
+        self._transport: asyncio.WriteTransport | None = None
+        self._reader = hiredis.Reader(replyError=_error_of, notEnoughData=_MORE)
         self._timer: asyncio.TimerHandle | None = None
-        self.task = self._loop.create_task(self._run())
+        self.task = self._loop.create_task(self._connect())
 
     def submit(self, command: bytes) -> asyncio.Future[Any]:
         """Send a command."""
         answer: asyncio.Future[Any] = self._loop.create_future()
         late = self._loop.time() + self._timeout_s
         self._waiting.append((late, answer))
+        if not self._unsent and self._transport is not None:
+            self._loop.call_soon(self._flush)
         self._unsent.append(command)
-        self._news.set()
         if self._timer is None:
             self._timer = self._loop.call_at(late, self._look)
         return answer
@@ -103,6 +117,10 @@ class _Session:
             if not answer.done():
                 answer.set_exception(copy.copy(error))
         self._waiting.clear()
+        self._unsent.clear()
+        if self._transport is not None:
+            self._transport.abort()
+            self._connection._close()  # redis-py would warn that it was forgotten
         self.task.cancel()
 
     def _look(self) -> None:
@@ -116,47 +134,58 @@ class _Session:
         else:
             self._timer = self._loop.call_at(late, self._look)
 
-    async def _run(self) -> None:
+    async def _connect(self) -> None:
+        """Have redis-py connect and log in; what is read then comes here."""
         try:
             await self._connection.connect()
-            self._connection.socket_timeout = None  # one timer watches all commands
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._write())
-                tasks.create_task(self._read())
-        except BaseExceptionGroup as group:
-            self._ended(group.exceptions[0])
         except BaseException as error:
-            self._ended(error)
-            if not isinstance(error, Exception):
-                raise
-        finally:
+            self.end(error if isinstance(error, Exception) else Broken("connecting was given up"))
             with suppress(Exception):
                 await self._connection.disconnect(nowait=True)
+            if not isinstance(error, Exception):
+                raise
+            return
+        self._transport = self._connection._writer.transport
+        self._transport.set_protocol(self)
+        if self._transport.is_closing():
+            self.end(Broken("Redis closed the connection"))
+        elif self._unsent:
+            self._flush()
 
-    def _ended(self, error: BaseException) -> None:
-        self.end(error if isinstance(error, Exception) else Broken("the connection was given up"))
-
-    async def _write(self) -> None:
-        while True:
-            await self._news.wait()
-            self._news.clear()
+    def _flush(self) -> None:
+        if self._transport is not None and self._unsent:
             together = b"".join(self._unsent)
             self._unsent.clear()
-            await self._connection.send_packed_command(together, check_health=False)
+            self._transport.write(together)
 
-    async def _read(self) -> None:
+    def data_received(self, data: bytes) -> None:
+        """Hand out the answers that are whole."""
+        if self.over:
+            return
+        reader, waiting = self._reader, self._waiting
+        reader.feed(data)
         while True:
-            answer: Any
             try:
-                answer = await self._connection.read_response(disconnect_on_error=False)
-            except ResponseError as error:
-                answer = error
-            if not self._waiting:
-                raise Broken("Redis answered what nobody had asked")
-            _, asked = self._waiting.popleft()
+                answer = reader.gets()
+            except hiredis.HiredisError as error:
+                self.end(Broken(f"what Redis said can't be read: {error}"))
+                return
+            if answer is _MORE:
+                return
+            if not waiting:
+                self.end(Broken("Redis answered what nobody had asked"))
+                return
+            if isinstance(answer, RedisError) and not isinstance(answer, ResponseError):
+                self.end(answer)  # it is loading, say: nothing behind it is answered otherwise
+                return
+            _, asked = waiting.popleft()
             if asked.done():
                 continue
             if isinstance(answer, ResponseError):
                 asked.set_exception(answer)
             else:
                 asked.set_result(answer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nobody answers any more."""
+        self.end(Broken(f"the connection to Redis broke: {exc or 'it was closed'}"))

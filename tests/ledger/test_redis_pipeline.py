@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import ssl
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
+from redis.exceptions import BusyLoadingError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as Broken
-from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as Late
 
 from sinks.redis_pipeline import PipelinedRedis
 from tests.ledger.server import RedisServer
+from tests.providers.servers import Reader, Server, Writer, make_certificates
 
 SLOWLY = "local n = tonumber(ARGV[1]); for i = 1, n do redis.call('TIME') end; return ARGV[2]"
 
@@ -175,5 +178,102 @@ def test_closing_fails_who_waits_and_refuses_who_comes(run: Any, own_redis: Redi
             await client.execute_command("PING")
         never = client_of(own_redis)
         await never.aclose()
+
+    run(main())
+
+
+def _in_front_of(server: RedisServer, piece: int, tls: ssl.SSLContext | None = None) -> Server:
+    """A server that hands everything on, answers in pieces of so many bytes."""
+
+    async def serve(reader: Reader, writer: Writer) -> None:
+        theirs, ours = await asyncio.open_connection("127.0.0.1", server.port)
+
+        async def ask() -> None:
+            while data := await reader.read(65536):
+                ours.write(data)
+
+        asking = asyncio.create_task(ask())
+        try:
+            while data := await theirs.read(65536):
+                for start in range(0, len(data), piece):
+                    writer.write(data[start : start + piece])
+                    await writer.drain()
+                    await asyncio.sleep(0)
+        finally:
+            asking.cancel()
+            ours.close()
+
+    return Server(serve, tls)
+
+
+def test_answers_come_through_tls_and_in_pieces(
+    run: Any, shared_redis: RedisServer, tmp_path: Path
+) -> None:
+    certificates = make_certificates(tmp_path)
+
+    async def main() -> None:
+        for tls, piece in ((certificates.server, 7), (None, 1)):
+            async with _in_front_of(shared_redis, piece, tls) as front:
+                scheme = "redis" if tls is None else "rediss"
+                url = f"{scheme}://127.0.0.1:{front.port}/0"
+                if tls is not None:
+                    url += f"?ssl_ca_certs={tmp_path / 'server.pem'}"
+                client = PipelinedRedis(url, timedelta(seconds=5))
+                words = [bytes([number]) * (number * 37) for number in range(64)]
+                calls = [client.execute_command("ECHO", w) for w in words]
+                calls.insert(10, client.execute_command("NO-SUCH-COMMAND"))
+                answers = await asyncio.gather(*calls, return_exceptions=True)
+                assert isinstance(answers.pop(10), ResponseError)
+                assert answers == words
+                assert front.connections == 1
+                await client.aclose()
+        async with _in_front_of(shared_redis, 100, certificates.server) as front:
+            stranger = PipelinedRedis(f"rediss://127.0.0.1:{front.port}/0", timedelta(seconds=5))
+            with pytest.raises(Broken):
+                await stranger.execute_command("PING")
+            await stranger.aclose()
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "words"),
+    [
+        (b"+PONG\r\n+PONG\r\n+PONG\r\n", Broken, "nobody had asked"),
+        (b"+PONG\r\n!!!\r\n", Broken, "can't be read"),
+        (b"+PONG\r\n-LOADING Redis is loading the dataset in memory\r\n", BusyLoadingError, ""),
+        (b"+PONG\r\n-READONLY You can't write against a read only replica.\r\n", ReadOnlyError, ""),
+    ],
+)
+def test_what_can_t_be_an_answer_ends_the_connection(
+    run: Any, said: bytes, error: type[Exception], words: str
+) -> None:
+    """Commands before it are answered, who it concerns is told, and the next one works."""
+
+    async def main() -> None:
+        async def serve(reader: Reader, writer: Writer) -> None:
+            first = server.connections == 1
+            while data := await reader.read(65536):
+                setting_up = data.count(b"SETINFO")
+                writer.write(b"+OK\r\n" * setting_up)
+                pings = data.count(b"PING")
+                if pings:
+                    writer.write(said if first else b"+PONG\r\n" * pings)
+
+        server = Server(serve)
+        async with server:
+            client = PipelinedRedis(f"redis://127.0.0.1:{server.port}/0", timedelta(seconds=5))
+            pings = [client.execute_command("PING") for _ in range(2)]
+            answers = await asyncio.gather(*pings, return_exceptions=True)
+            assert answers[0] == b"PONG"
+            if words == "nobody had asked":
+                assert answers[1] == b"PONG"
+            else:
+                assert isinstance(answers[1], error) and words in str(answers[1]), answers
+            again = 1 if error is ReadOnlyError else 2
+            if again == 2:
+                assert await client.execute_command("PING") == b"PONG"
+            assert server.connections == again
+            await client.aclose()
 
     run(main())
