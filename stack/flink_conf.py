@@ -54,8 +54,11 @@ logger.python.level = WARN
 """
 """The client's log goes to a file: its output is for the job script's own words."""
 
-HEARTBEAT_INTERVAL = timedelta(seconds=1)
+HEARTBEAT_INTERVAL = timedelta(seconds=2)
 HEARTBEAT_TIMEOUT = timedelta(seconds=6)
+HEARTBEATS_UNREACHABLE = 1
+"""So many heartbeats that can't reach a process tell that it died: on one machine there is no
+network between that could be the reason. Of two, a second apart, idle processes use more."""
 ZOOKEEPER_SESSION_TIMEOUT = timedelta(seconds=6)
 RESTART_DELAY = timedelta(milliseconds=500)
 CHECKPOINT_INTERVAL = timedelta(seconds=2)
@@ -124,6 +127,7 @@ def settings(home: Home, ports: Mapping[str, int]) -> dict[str, object]:
         "high-availability.zookeeper.client.session-timeout": _ms(ZOOKEEPER_SESSION_TIMEOUT),
         "heartbeat.interval": _ms(HEARTBEAT_INTERVAL),
         "heartbeat.timeout": _ms(HEARTBEAT_TIMEOUT),
+        "heartbeat.rpc-failure-threshold": HEARTBEATS_UNREACHABLE,
         "restart-strategy.type": "fixed-delay",
         "restart-strategy.fixed-delay.attempts": 2_147_483_647,
         "restart-strategy.fixed-delay.delay": _ms(RESTART_DELAY),
