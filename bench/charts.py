@@ -39,9 +39,13 @@ def _bars(axes: Axes, values: Mapping[str, float], unit: str, highlight: str = "
     names = list(values)[::-1]
     colours = [_OURS if not highlight or highlight in name else _THEIRS for name in names]
     bars = axes.barh(names, [values[name] for name in names], color=colours)
-    axes.bar_label(bars, fmt="%.3g", padding=3)
+    axes.bar_label(bars, fmt=_told, padding=3)
     axes.margins(x=0.12)
     axes.set_xlabel(unit)
+
+
+def _told(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1_000 else f"{number:.3g}"
 
 
 def _stacked(axes: Axes, rows: Mapping[str, Figures]) -> None:
@@ -93,6 +97,7 @@ def cost(results: Mapping[str, Figures]) -> Figure:
     rows: dict[str, Figures] = {}
     if "decide" in results:
         rows["decide, two caps"] = results["decide"]
+        rows["decide, two caps, people with state"] = _under(results["decide"], "again_")
         rows["decide, no caps"] = _under(results["decide"], "no_caps_")
     if "deliver" in results:
         rows["deliver, SMTP"] = _under(results["deliver"], "smtp_")
@@ -105,19 +110,101 @@ def cost(results: Mapping[str, Figures]) -> Figure:
 
 
 def scaling(figures: Figures) -> Figure:
-    """Cost against size; a level line is what it should be."""
-    figure, axes = _plot("Cost against the size of a campaign", 8)
-    for prefix, label in (
-        ("decide_cpu_s_per_million_", "decide, all processes"),
-        ("ledger_redis_cpu_s_per_million_", "ledger, Redis"),
-    ):
+    """Cost and memory against size; a level line is what a cost should be."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure.suptitle("Cost and memory against the size of a campaign, and against subtasks")
+    panels = figure.subplots(2, 2)
+    _lines(
+        panels[0][0],
+        figures,
+        "CPU-seconds a million",
+        {
+            "decide_cpu_s_per_million_": "decide, all processes",
+            "decide_again_cpu_s_per_million_": "decide, people with state",
+            "ledger_redis_cpu_s_per_million_": "ledger, Redis",
+        },
+    )
+    _lines(
+        panels[0][1],
+        figures,
+        "CPU microseconds a page, coordinate",
+        {"coordinate_us_per_page_": "ordered, put off, ordered again, accepted"},
+    )
+    _lines(
+        panels[1][0],
+        figures,
+        "megabytes",
+        {"decide_taskmanager_rss_mb_": "campaigns job's process"},
+    )
+    found = {_size(end): value / 2**20 for end, value in _under(figures, "ledger_bytes_").items()}
+    panels[1][0].plot(list(found), list(found.values()), marker="o", label="ledger, settled")
+    panels[1][0].legend(frameon=False)
+    for axes, lowest, highest in ((panels[0][0], 1, 100), (panels[1][0], 0.05, 2_000)):
+        axes.set_yscale("log")
+        axes.set_ylim(lowest, highest)
+    rates = _under(figures, "smtp_per_s_subtasks_")
+    costs = _under(figures, "smtp_cpu_s_per_million_subtasks_")
+    _bars(
+        panels[1][1],
+        {f"{count}, {costs[count]:.0f} CPU-s a million": rate for count, rate in rates.items()},
+        "messages a second by SMTP, by delivery subtasks",
+    )
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _lines(axes: Axes, figures: Figures, unit: str, labels: Mapping[str, str]) -> None:
+    """Figures that end in a size, over it."""
+    for prefix, label in labels.items():
         found = {_size(end): number for end, number in _under(figures, prefix).items()}
-        axes.plot(list(found), list(found.values()), marker="o", label=label)
+        if found:
+            axes.plot(list(found), list(found.values()), marker="o", label=label)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("recipients of the campaign")
-    axes.set_ylabel("CPU-seconds a million")
+    axes.set_xlabel("recipients")
+    axes.set_ylabel(unit)
     axes.legend(frameon=False)
+
+
+def variants(figures: Figures) -> Figure:
+    """What choices cost, side by side in one run."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure.suptitle("Choices, side by side")
+    top, bottom = figure.subplots(2, 1)
+    decided = {
+        "RocksDB, exactly once": "decide_recipients_per_s",
+        "state on the heap, exactly once": "decide_heap_state_recipients_per_s",
+        "RocksDB, at least once": "decide_at_least_once_recipients_per_s",
+    }
+    known = {label: figures[name] for label, name in decided.items() if name in figures}
+    _bars(top, known, "recipients decided a second", "RocksDB, exactly")
+    rates = {
+        f"{name.split('_')[0]} in flight": number
+        for name, number in _under(figures, "loop_smtp_").items()
+        if name.endswith("_in_flight_per_s")
+    }
+    _bars(bottom, rates, "messages a second by SMTP, delivery's loop", "320")
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def safety(figures: Figures) -> Figure:
+    """What safety costs and keeps, as shares of what is allowed."""
+    shares = {
+        name: figures[figure] / limit
+        for name, figure, limit in (
+            ("last request after a pause, of 1 s", "pause_last_start_ms", 1_000),
+            ("standstill after a kill, of 10 s", "taskmanager_kill_standstill_s", 10),
+        )
+        if figure in figures
+    }
+    if "ledger_rate_ratio" in figures:
+        shares["rate that the ledger takes, of a tenth"] = (1 - figures["ledger_rate_ratio"]) / 0.1
+    figure, axes = _plot("Safety, as a share of what is allowed", len(shares))
+    _bars(axes, {name: 100 * share for name, share in shares.items()}, "per cent of the limit")
+    axes.axvline(100, color=_COLOURS[3], linewidth=1)
     return figure
 
 
@@ -139,6 +226,8 @@ def draw(results: Mapping[str, Figures], folder: Path = FOLDER) -> Sequence[Path
         "rendering": rendering,
         "clients": clients,
         "scaling": scaling,
+        "variants": variants,
+        "safety": safety,
     }
     figures = {name: make(results[name]) for name, make in of_section.items() if name in results}
     if results.keys() & {"decide", "deliver", "e2e"}:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
+import aiohttp
 import aiosmtplib
 import uvloop
 from pyreqwest.client import ClientBuilder
@@ -168,6 +169,19 @@ async def _pyreqwest(port: int) -> tuple[float, float]:
         return await _measure(send)
 
 
+async def _aiohttp(port: int) -> tuple[float, float]:
+    url = f"http://127.0.0.1:{port}/v3/mail/send"
+    headers = {"Authorization": "Bearer x", "Content-Type": "application/json"}
+    connector = aiohttp.TCPConnector(limit=CONNECTIONS)
+    async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
+
+        async def send() -> None:
+            async with session.post(url, data=BODY) as answer:
+                assert answer.status == 202
+
+        return await _measure(send)
+
+
 async def _adapter(provider: Smtp | SendGrid) -> tuple[float, float]:
     message = _message()
 
@@ -249,6 +263,7 @@ VARIANTS: dict[str, dict[str, Callable[[int], Awaitable[tuple[float, float]]]]] 
         "ours": _http_client,
         "ours with SendGrid's body": _sendgrid,
         "pyreqwest": _pyreqwest,
+        "aiohttp": _aiohttp,
     },
     "smtp": {
         "ours": _smtp_client,
