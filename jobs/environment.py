@@ -32,6 +32,9 @@ def environment(
     # of 160 MB; from then on each look unpacked all of it (4,000 recipients/s instead of 160,000).
     configuration.set_string("state.backend.rocksdb.memory.partitioned-index-filters", "true")
     configuration.set_string("state.backend.rocksdb.use-bloom-filter", "true")
+    # For Snappy: deciding 4 million people with state took a tenth less processor time (11.3 s a
+    # million for 12.4).
+    configuration.set_string("state.backend.rocksdb.compression.per.level", "LZ4_COMPRESSION")
     # Killed processes are no failure of a job, and while they are away its attempts may fail by
     # the dozen; the same failure over and over ends it, loudly. The first attempts come quickly: a
     # process that died is mostly back at once. Later ones leave a server time to come back.
