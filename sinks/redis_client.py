@@ -11,6 +11,7 @@ Redis must not evict (``maxmemory-policy noeviction``) and must log every write 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,13 @@ from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import (
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 from redis.retry import Retry
 
 from schemas.errors import FanfareError, Unavailable
@@ -43,6 +50,8 @@ _PASSING = (
     "UNBLOCKED",
 )
 """Beginnings of error answers that say 'not now'. All others are defects, and pass as they are."""
+_IN_A_SCRIPT = re.compile(rf"Error running script .*: -(?:{'|'.join(_PASSING)})\b")
+"""Redis 6 puts the answer to a script's command behind words of its own."""
 
 Client = redis.Redis
 AsyncClient = PipelinedRedis
@@ -80,13 +89,20 @@ def connect_async(url: str, timeout: timedelta = TIMEOUT) -> AsyncClient:
     return PipelinedRedis(url, timeout)
 
 
+def _passes(error: ResponseError) -> bool:
+    # redis-py takes the first word of these away.
+    if isinstance(error, OutOfMemoryError | ReadOnlyError):
+        return True
+    return str(error).startswith(_PASSING) or bool(_IN_A_SCRIPT.search(str(error)))
+
+
 @contextmanager
 def unavailable(doing: str) -> Iterator[None]:
     """Turn what may pass into ``Unavailable``, naming what was being done."""
     try:
         yield
     except ResponseError as error:
-        if not str(error).startswith(_PASSING):
+        if not _passes(error):
             raise
         raise Unavailable(f"Redis refused to {doing}: {error}; try again") from error
     except (RedisError, OSError, TimeoutError) as error:

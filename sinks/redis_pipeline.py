@@ -69,8 +69,7 @@ class PipelinedRedis:
         session, self._session = self._session, None
         if session is not None:
             session.end(Broken("the client is disconnected"))
-            with suppress(asyncio.CancelledError):
-                await session.task
+            await asyncio.wait([session.task])
 
     async def aclose(self) -> None:
         """Break the connection for good. Idempotent."""
@@ -118,9 +117,7 @@ class _Session(asyncio.Protocol):
                 answer.set_exception(copy.copy(error))
         self._waiting.clear()
         self._unsent.clear()
-        if self._transport is not None:
-            self._transport.abort()
-            self._connection._close()  # redis-py would warn that it was forgotten
+        self._drop()
         self.task.cancel()
 
     def _look(self) -> None:
@@ -145,12 +142,21 @@ class _Session(asyncio.Protocol):
             if not isinstance(error, Exception):
                 raise
             return
+        # Who reads from here on is not told of an end that was read already.
+        ended = self._connection._reader.at_eof()
         self._transport = self._connection._writer.transport
         self._transport.set_protocol(self)
-        if self._transport.is_closing():
+        if self.over:  # a cancellation that came while the last word was sent is not heard
+            self._drop()
+        elif ended or self._transport.is_closing():
             self.end(Broken("Redis closed the connection"))
-        elif self._unsent:
+        else:
             self._flush()
+
+    def _drop(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+            self._connection._close()  # redis-py would warn that it was forgotten
 
     def _flush(self) -> None:
         if self._transport is not None and self._unsent:

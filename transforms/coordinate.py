@@ -14,7 +14,6 @@ nothing.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -122,9 +121,9 @@ class RunMemory:
     deferred_by_leg: dict[LegId, int] = field(default_factory=dict)
     unanswered_by_leg: dict[LegId, int] = field(default_factory=dict)
     """Orders and closings, not recipients."""
-    given: deque[tuple[datetime, PageKey, int]] = field(default_factory=deque)
-    """What was ordered or closed, the oldest first: when, the page, the generation. What was heard
-    of is dropped when it is the oldest."""
+    given: list[tuple[datetime, PageKey, int]] = field(default_factory=list)
+    """A heap of what was ordered or closed: when, the page, the generation. What was heard of is
+    dropped when it is the oldest, or when it is most of all."""
     wakes: dict[LegId, list[tuple[datetime, int, int]]] = field(default_factory=dict)
     """A heap a leg, of deferrals: when, page, shard. A deferral may be gone already."""
 
@@ -134,17 +133,21 @@ class RunMemory:
         self.deferred_by_leg.clear()
         self.unanswered_by_leg.clear()
         self.wakes.clear()
-        given = []
         for key, page in self.pages.items():
             self._count(key[0], page, +1)
-            given += [(one.ordered_at, key, one.generation) for one in page.orders if not one.heard]
             leg, shard, number = key
             self.wakes.setdefault(leg, []).extend(
                 (one.wake, number, shard) for one in page.deferrals
             )
-        self.given = deque(sorted(given))
         for heap in self.wakes.values():
             heapify(heap)
+        self.given = [
+            (one.ordered_at, key, one.generation)
+            for key, page in self.pages.items()
+            for one in page.orders
+            if not one.heard
+        ]
+        heapify(self.given)
 
     def _count(self, leg: LegId, page: PageState, sign: int) -> None:
         opened = sum(bitmap_from(one.unresolved).bit_count() for one in page.orders)
@@ -156,6 +159,18 @@ class RunMemory:
             (self.unanswered_by_leg, unanswered),
         ):
             counts[leg] = counts.get(leg, 0) + sign * number
+
+    def give(self, key: PageKey, page: PageState, order: OpenOrder) -> None:
+        """Put a page with a new order, and remember to look whether it is heard of."""
+        self.put(key, replace(page, generation=order.generation, orders=(*page.orders, order)))
+        heappush(self.given, (order.ordered_at, key, order.generation))
+        if len(self.given) > 1_000 + 2 * sum(self.unanswered_by_leg.values()):
+            self.given = [one for one in self.given if self._unheard(one[1], one[2])]
+            heapify(self.given)
+
+    def _unheard(self, key: PageKey, generation: int) -> bool:
+        order = _order_of(self.pages.get(key), generation)
+        return order is not None and not order.heard
 
     def wake_at(self, key: PageKey, moment: datetime) -> None:
         """Remember that a page has a deferral until then."""
@@ -523,15 +538,14 @@ class Coordinator:
     def _silent(self, now: datetime, effects: Effects) -> Iterator[tuple[PageKey, PageState, int]]:
         """Orders and closings that were not heard of for too long: their pages without them, and
         whom they hold."""
-        given = self.memory.given
-        while given:
+        while given := self.memory.given:
             at, key, generation = given[0]
             page = self.memory.pages.get(key)
             order = _order_of(page, generation)
             silent = page is not None and order is not None and not order.heard
             if silent and now < at + self.silence:
                 return
-            given.popleft()
+            heappop(given)
             if page is not None and order is not None and silent:
                 effects.silent += 1
                 others = tuple(one for one in page.orders if one is not order)
@@ -558,8 +572,7 @@ class Coordinator:
         run = self._run
         generation = self._generation_after(key, page)
         order = OpenOrder(generation, bitmap_bytes(bits), now, heard=False)
-        self.memory.put(key, replace(page, generation=generation, orders=(*page.orders, order)))
-        self.memory.given.append((now, key, generation))
+        self.memory.give(key, page, order)
         leg, shard, number = key
         effects.orders.append(
             PageOrder(
@@ -587,9 +600,10 @@ class Coordinator:
         return (key[2], key[1]) < (leg.next_page, leg.next_shard)
 
     def _fill(self, now: datetime, effects: Effects) -> None:
-        """Order pages never ordered while the window has room."""
+        """Order pages never ordered while the window has room that nobody waits for."""
         for position, leg in enumerate(self._run.legs):
-            if leg.unordered == 0:
+            wakes = self.memory.wakes.get(leg.leg)
+            if leg.unordered == 0 or (wakes and wakes[0][0] <= now):
                 continue
             for key, size in self._walk(leg):
                 if not self._fits(leg.leg, size):
@@ -627,17 +641,18 @@ class Coordinator:
         for key, page, bits in self._silent(now, effects):
             self._closing(key, page, bits, now, effects)
         # What is put off in a closed run is closed now, not when it would have been due.
+        budget = self.policy.closings_per_step
         for leg_id, wakes in self.memory.wakes.items():
-            for _, number, shard in wakes:
+            while wakes and budget > 0:
+                _, number, shard = heappop(wakes)
                 key = (leg_id, shard, number)
                 page = self._page(key)
                 bits = 0
                 for deferral in page.deferrals:
                     bits |= bitmap_from(deferral.ordinals)
                 if bits:
+                    budget -= 1
                     self._closing(key, replace(page, deferrals=()), bits, now, effects)
-            wakes.clear()
-        budget = self.policy.closings_per_step
         for position, leg in enumerate(self._run.legs):
             for key, size in self._walk(leg):
                 if budget <= 0:
@@ -652,8 +667,7 @@ class Coordinator:
         run = self._run
         generation = self._generation_after(key, page)
         order = OpenOrder(generation, bitmap_bytes(bits), now, heard=False)
-        self.memory.put(key, replace(page, generation=generation, orders=(*page.orders, order)))
-        self.memory.given.append((now, key, generation))
+        self.memory.give(key, page, order)
         cancelled = run.status is RunStatus.CANCELLED
         group = OutcomeGroup(
             outcome=Outcome.CANCELLED if cancelled else Outcome.EXPIRED,
@@ -674,7 +688,7 @@ class Coordinator:
         return (
             run is not None
             and run.status in (RunStatus.CANCELLED, RunStatus.EXPIRED)
-            and any(leg.unordered for leg in run.legs)
+            and (any(leg.unordered for leg in run.legs) or any(self.memory.wakes.values()))
         )
 
     def unpublished(self, now: datetime) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 from hypothesis import given, settings
@@ -210,7 +210,6 @@ def test_who_is_due_first_goes_first_and_nobody_overtakes() -> None:
     for order, wake in zip(tuple(field.orders), (3, 1, 2), strict=True):
         field.hear(field.result(order, deferrals={NOON + wake * hour: (0, 1)}))
     field.coordinator.policy = CoordinatePolicy(window=2)
-    field.restart()
     field.tick(3 * hour)
     assert places(field.orders[3:]) == [(0, 1, 1)]
     field.hear(field.outcomes(field.orders[3], Outcome.ACCEPTED, 0))
@@ -223,6 +222,33 @@ def test_who_is_due_first_goes_first_and_nobody_overtakes() -> None:
     assert field.status is RunStatus.COMPLETED
 
 
+def test_pages_never_ordered_take_no_room_that_who_is_due_waits_for() -> None:
+    field = Field((2, 1, 1, 1, 1, 1), window=3)
+    field.launch()
+    field.hear(field.result(field.orders[0], deferrals={NOON + MINUTE: (0, 1)}))
+    assert places(field.orders) == [(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 0, 0)]
+    field.tick(MINUTE)
+    field.hear(field.outcomes(field.orders[1], Outcome.ACCEPTED, 0))
+    assert len(field.orders) == 4
+    field.hear(field.outcomes(field.orders[2], Outcome.ACCEPTED, 0))
+    assert places(field.orders[4:]) == [(0, 0, 1)]
+    field.hear(field.outcomes(field.orders[3], Outcome.ACCEPTED, 0))
+    assert places(field.orders[5:]) == [(4, 0, 0)]
+
+
+def test_one_result_may_put_people_off_to_several_moments() -> None:
+    field = Field((2, 2), one_leg())
+    field.launch()
+    field.hear(
+        field.result(field.orders[0], deferrals={NOON + 3 * MINUTE: (0,), NOON + MINUTE: (1,)})
+    )
+    field.hear(field.result(field.orders[1], deferrals={NOON + 2 * MINUTE: (0, 1)}))
+    for expected in ((0, [1]), (1, [0, 1]), (0, [0])):
+        before = len(field.orders)
+        field.tick(MINUTE)
+        assert [(one.shard, members(one)) for one in field.orders[before:]] == [expected]
+
+
 def test_what_is_given_again_is_looked_for_among_the_unanswered_alone() -> None:
     """Steps of a run must not cost more the more pages it has."""
     field = Field((200,), window=1000)
@@ -233,10 +259,25 @@ def test_what_is_given_again_is_looked_for_among_the_unanswered_alone() -> None:
     assert len(field.memory.wakes[EMAIL]) == 99
     field.tell(CommandKind.CANCEL)
     assert field.memory.wakes[EMAIL] == []
+    assert len(field.closings) == 99
     for closing in field.closings:
         field.hear(closing)
     field.tick(SILENCE)
     assert len(field.memory.given) == 1 and field.memory.pending == 2
+
+
+def test_an_order_that_was_lost_keeps_no_others_in_memory() -> None:
+    field = Field((8_000,), window=4)
+    field.launch()
+    for order in iter(lambda: field.orders[-1], None):
+        field.hear(field.result(order))
+        field.hear(field.outcomes(order, Outcome.ACCEPTED, *members(order)))
+        assert len(field.memory.given) <= 1_010
+        if field.memory.unordered == 0 and field.orders[-1] is order:
+            break
+    assert field.memory.pending == 2 and len(field.memory.pages) == 1
+    field.tick(SILENCE)
+    assert places(field.orders[-1:]) == [(0, 0, 1)] and field.last.silent == 1
 
 
 def test_a_rate_makes_the_window() -> None:
@@ -363,10 +404,32 @@ def test_a_silent_order_is_given_again_under_the_next_generation() -> None:
     assert len(field.orders) == 1
     field.tick(MINUTE)
     assert places(field.orders) == [(0, 0, 0), (0, 0, 1)]
+    assert field.last.silent == 1
     assert field.open_of((EMAIL, 0, 0)) == [(1, [0, 1])]
     # The lost result was only late: it says nothing any more.
     field.hear(field.result(field.orders[0], skips=(0, 1)))
     assert field.memory.open == 2
+
+
+def test_a_silent_order_is_given_again_after_a_restart() -> None:
+    field = Field((4,))
+    field.launch()
+    field.hear(field.result(field.orders[0]))
+    field.restart()
+    field.tick(SILENCE)
+    assert places(field.orders[2:]) == [(0, 1, 1)]
+
+
+def test_a_clock_that_was_ahead_keeps_no_silent_order_waiting() -> None:
+    field = Field((6,), window=4)
+    field.now += timedelta(hours=6)
+    field.launch()
+    field.now -= timedelta(hours=6)
+    field.hear(field.result(field.orders[1]))
+    field.hear(field.outcomes(field.orders[1], Outcome.ACCEPTED, 0, 1))
+    assert places(field.orders) == [(0, 0, 0), (0, 1, 0), (0, 2, 0)]
+    field.tick(SILENCE)
+    assert places(field.orders[3:]) == [(0, 2, 1)]
 
 
 def test_a_heard_order_is_never_repeated_by_time() -> None:
@@ -448,6 +511,21 @@ def test_a_closing_that_is_not_heard_back_is_said_again() -> None:
     assert field.memory.pending == 0
 
 
+def test_many_who_were_put_off_are_closed_in_several_steps() -> None:
+    field = Field((20,), window=20, closings_per_step=3)
+    field.launch()
+    for order in field.orders:
+        field.hear(field.result(order, deferrals={NOON + MINUTE: (0,), NOON + 2 * MINUTE: (1,)}))
+    assert len(field.orders) == 10
+    field.tell(CommandKind.CANCEL)
+    closed = [len(field.closings)]
+    while field.coordinator.closing:
+        before = len(field.closings)
+        field.tick(timedelta(milliseconds=200))
+        closed.append(len(field.closings) - before)
+    assert closed == [3, 3, 3, 1]
+
+
 def test_many_pages_are_closed_in_several_steps() -> None:
     field = Field((20,), window=2, closings_per_step=3)
     field.launch()
@@ -457,6 +535,7 @@ def test_many_pages_are_closed_in_several_steps() -> None:
         field.tick(timedelta(seconds=1))
         steps += 1
     assert steps == 3 and len(field.closings) == 9
+    assert len(field.last.closings) == 3
     for one in field.closings:
         field.hear(one)
     assert field.memory.pending == 2 == field.memory.open
@@ -635,7 +714,7 @@ class _Driver:
         if kind == 0:
             field.tick(timedelta(seconds=number))
         elif kind == 1:
-            field.tick(timedelta(minutes=number % 40))
+            field.tick(timedelta(minutes=number % 40 - 3))
         elif kind == 2:
             kinds = (CommandKind.PAUSE, CommandKind.RESUME, CommandKind.RESUME)
             field.tell(kinds[number % 3])
@@ -650,7 +729,11 @@ class _Driver:
             everyone = members(order)
             skips = tuple(i for i in everyone if (number >> i) % 3 == 0)
             later = tuple(i for i in everyone if (number >> i) % 3 == 1)
-            self.hear(field.result(order, skips, {until: later} if later else None))
+            moments = [until + n * timedelta(minutes=number // 90 % 3) for n in range(len(later))]
+            put_off: dict[datetime, tuple[int, ...]] = {}
+            for index, moment in zip(later, moments, strict=True):
+                put_off[moment] = (*put_off.get(moment, ()), index)
+            self.hear(field.result(order, skips, put_off))
         elif order is not None and kind in (8, 9):
             outcome = (*FINAL[:3], Outcome.STALE)[number // 8 % 4]
             everyone = members(order)
@@ -705,11 +788,23 @@ class _Driver:
         again.recount()
         assert (again.open, again.deferred) == (memory.open, memory.deferred)
         assert again.unanswered_by_leg.items() <= memory.unanswered_by_leg.items()
-        # Each that may be silent, and each deferral, will be looked at.
-        assert set(again.given) <= set(memory.given)
-        if not field.status.terminal:
-            for leg, wakes in again.wakes.items():
-                assert set(wakes) <= set(memory.wakes.get(leg, ()))
+        # Each that may be silent, and each deferral, will be looked at, after a restart too.
+        unheard = {
+            (one.ordered_at, key, one.generation)
+            for key, page in memory.pages.items()
+            for one in page.orders
+            if not one.heard
+        }
+        put_off = {
+            (key[0], one.wake, key[2], key[1])
+            for key, page in memory.pages.items()
+            for one in page.deferrals
+        }
+        for one in (memory, again):
+            assert unheard <= set(one.given)
+            assert one.given == [] or one.given[0] == min(one.given)
+            assert put_off <= {(leg, *wake) for leg, heap in one.wakes.items() for wake in heap}
+            assert all(heap == [] or heap[0] == min(heap) for heap in one.wakes.values())
 
 
 @settings(max_examples=150, deadline=None)

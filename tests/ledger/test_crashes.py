@@ -318,6 +318,28 @@ def test_unreachable_is_unavailable(own_redis: RedisServer) -> None:
     client.close()
 
 
+@pytest.mark.parametrize("why", ["full", "a replica"])
+def test_a_server_that_refuses_for_now_is_unavailable(own_redis: RedisServer, why: str) -> None:
+    client = connect(own_redis.url)
+    ledger_upkeep.create(client, TENANT, RUN, LEG, all_shards(1), "d1")
+
+    async def claims() -> None:
+        loop_client = connect_async(own_redis.url)
+        mine = await writer(loop_client)
+        if why == "full":
+            command(client, "CONFIG SET", "maxmemory", "1")
+        else:
+            command(client, "REPLICAOF", "127.0.0.1", "1")
+        with pytest.raises(Unavailable):
+            await mine.claim(ask(0))
+        await loop_client.aclose()
+
+    asyncio.run(claims())
+    with pytest.raises(Unavailable):
+        runs.publish(client, TENANT, RUN, 1, RunStatus.PAUSED, None, FAR)
+    client.close()
+
+
 def test_forgetful_servers_are_named(own_redis: RedisServer) -> None:
     client = connect(own_redis.url)
     check_durability(client)

@@ -6,6 +6,8 @@ import asyncio
 import signal
 import socket
 import ssl
+import threading
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -275,5 +277,84 @@ def test_what_can_t_be_an_answer_ends_the_connection(
                 assert await client.execute_command("PING") == b"PONG"
             assert server.connections == again
             await client.aclose()
+
+    run(main())
+
+
+class _Greeter:
+    """A server that answers whatever sets a connection up, and counts who is connected."""
+
+    def __init__(self) -> None:
+        self.connected = 0
+
+    async def serve(self, reader: Reader, writer: Writer) -> None:
+        self.connected += 1
+        try:
+            while data := await reader.read(65536):
+                writer.write(b"+OK\r\n" * data.count(b"SETINFO"))
+                writer.write(b"+PONG\r\n" * data.count(b"PING"))
+        finally:
+            self.connected -= 1
+
+
+def test_who_is_closed_while_connecting_leaves_no_connection(run: Any) -> None:
+    async def main() -> None:
+        greeter = _Greeter()
+        async with Server(greeter.serve) as server:
+            for steps in range(40):
+                client = PipelinedRedis(f"redis://127.0.0.1:{server.port}/0", timedelta(seconds=5))
+                call = asyncio.create_task(client.execute_command("PING"))
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                await client.aclose()
+                answer = (await asyncio.gather(call, return_exceptions=True))[0]
+                assert answer == b"PONG" or isinstance(answer, Broken), (steps, answer)
+                late = asyncio.get_running_loop().time() + 5
+                while greeter.connected:
+                    assert asyncio.get_running_loop().time() < late, f"open after {steps} steps"
+                    await asyncio.sleep(0.005)
+
+    run(main())
+
+
+def _welcomes_and_leaves(listener: socket.socket) -> None:
+    """Answers what sets a connection up, and closes in the same breath."""
+    with suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                answered = 0
+                while answered < 2 and (data := connection.recv(65536)):
+                    asked = data.count(b"SETINFO")
+                    connection.sendall(b"+OK\r\n" * asked)
+                    answered += asked
+
+
+def test_a_server_that_leaves_after_the_login_is_noticed_at_once(run: Any) -> None:
+    async def main(port: int) -> None:
+        for _ in range(400):
+            client = PipelinedRedis(f"redis://127.0.0.1:{port}/0", timedelta(seconds=1))
+            with pytest.raises(Broken):
+                await client.execute_command("PING")
+            await client.aclose()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=_welcomes_and_leaves, args=(listener,), daemon=True)
+        server.start()
+        run(main(listener.getsockname()[1]))
+        listener.shutdown(socket.SHUT_RDWR)
+    server.join(5)
+    assert not server.is_alive()
+
+
+def test_closing_can_be_cancelled(run: Any, own_redis: RedisServer) -> None:
+    async def main() -> None:
+        client = client_of(own_redis)
+        await client.execute_command("PING")
+        closing = asyncio.create_task(client.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
 
     run(main())
