@@ -53,16 +53,23 @@ _ANSWER = timedelta(minutes=5)
 """Of the coordinator. Where the window is unlimited, a launch is answered when all are decided."""
 
 
+_WRITTEN = ("results.json", "charts", "profiles", "README.md")
+"""What measurements change themselves, in the folder of the benchmarks."""
+
+
+def _git(*words: str) -> str:
+    told = subprocess.run(
+        ["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip()
+
+
 def _commit() -> str:
     """Which code is measured: the commit, and whether anything was changed since."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=RESULTS.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return told.stdout.strip() or "unknown"
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    others = [f":(exclude){name}" for name in _WRITTEN]
+    changed = _git("status", "--porcelain", "--", ":/", *others)
+    return f"{commit}-dirty" if changed else commit
 
 
 def machine() -> dict[str, str | int | float]:

@@ -1,9 +1,17 @@
-"""What figures are to reach on two cores with everything on the machine."""
+"""What figures are to reach on two cores with everything on the machine.
+
+``python -m bench.targets`` writes what was measured beside it into ``bench/README.md``.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from bench.harness import RESULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +54,47 @@ TARGETS: Mapping[str, Target] = {
 }
 """By ``section.figure``. Targets are of these sizes: ``e2e`` 500,000 recipients, ``audience`` two
 million, ``safety`` ten minutes of load."""
+
+PAGE = RESULTS.with_name("README.md")
+BEGIN = "<!-- targets: python -m bench.targets -->\n"
+END = "<!-- end of targets -->\n"
+
+
+def _told(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1_000 else f"{number:.4g}"
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The targets with what ``bench/results.json`` says of them, as Markdown."""
+    lines = [
+        "| figure | measured | spread | wanted | met | commit |",
+        "|---|---:|---:|---:|---|---|",
+    ]
+    for name, target in TARGETS.items():
+        section, figure = name.split(".")
+        number = results[section][figure]
+        about = results["about"][section]
+        spread = about["spread"].get(figure)
+        told = "" if spread is None else f"{spread:.0%} of {about['runs']}"
+        met = "yes" if target.met(number) else "**no**"
+        lines.append(
+            f"| `{name}` | {_told(number)} | {told} | {target} | {met} | {about['fanfare']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def with_table(page: str, results: Mapping[str, Any]) -> str:
+    """A page with the table between its marks."""
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}{table(results)}{END}{after}"
+
+
+def main() -> int:
+    """Write the table."""
+    PAGE.write_text(with_table(PAGE.read_text(), json.loads(RESULTS.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ from bench.charts import draw
 from bench.harness import RESULTS
 from bench.profile import REST, parts
 from bench.quick import moved, ratios
-from bench.targets import TARGETS
+from bench.targets import PAGE, TARGETS, with_table
 
 FIGURES = {
     "rendering": {"render, plain Jinja2": 20.0, "render, metered": 10.0},
@@ -77,6 +77,14 @@ def test_a_profile_is_added_up_by_the_innermost_part_of_the_loop_alone() -> None
         REST: 1,
     }
     assert by_line["root (<template html>:3)"] == 5
+
+
+def test_the_page_says_what_the_results_say() -> None:
+    page = PAGE.read_text()
+    results = json.loads(RESULTS.read_text())
+    assert with_table(page, results) == page
+    results["stack"]["idle_cpu_pct"] = 10.5
+    assert "| 10.5 |" in (told := with_table(page, results)) and "**no**" in told
 
 
 def test_targets_are_of_figures_that_are_measured() -> None:
