@@ -1,4 +1,4 @@
-"""`make bench`: what every part costs, as a table, as `bench/results.json` and as charts."""
+"""`make bench`: what every part costs: tables, `bench/results.json`, charts, the page's targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from bench.charts import draw
 from bench.harness import RESULTS, machine
-from bench.targets import TARGETS, Target
+from bench.targets import PAGE, TARGETS, Target, with_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,9 @@ def main() -> int:
         if not options.no_keep:
             _keep(name, told, where)
     if not options.no_keep:
-        draw(json.loads(RESULTS.read_text()))
+        results = json.loads(RESULTS.read_text())
+        draw(results)
+        PAGE.write_text(with_table(PAGE.read_text(), results))
     print(json.dumps(figures), flush=True)
     return int(bool(broken))
 

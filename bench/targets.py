@@ -72,7 +72,10 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     for name, target in TARGETS.items():
         section, figure = name.split(".")
-        number = results[section][figure]
+        number = results.get(section, {}).get(figure)
+        if number is None:
+            lines.append(f"| `{name}` | not measured | | {target} | | |")
+            continue
         about = results["about"][section]
         spread = about["spread"].get(figure)
         told = "" if spread is None else f"{spread:.0%} of {about['runs']}"
