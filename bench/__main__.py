@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.charts import draw
-from bench.harness import RESULTS, machine
+from bench.harness import RESULTS, machine, rounded
 from bench.targets import PAGE, TARGETS, Target, with_table
 
 
@@ -79,7 +79,7 @@ def _shown(section: str, told: Mapping[str, Mapping[str, float]]) -> Table:
         spread = f"{one['spread']:.0%} of {one['runs']:.0f}" if one["runs"] > 1 else ""
         table.add_row(
             name,
-            f"{one['median']:,.4g}" if one["median"] < 1e4 else f"{one['median']:,.0f}",
+            rounded(one["median"]),
             spread,
             _wanted(TARGETS.get(f"{section}.{name}"), one["median"]),
         )

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.harness import RESULTS
+from bench.harness import RESULTS, rounded
 
 FOLDER = RESULTS.with_name("charts")
 PROCESSES = (
@@ -39,13 +40,9 @@ def _bars(axes: Axes, values: Mapping[str, float], unit: str, highlight: str = "
     names = list(values)[::-1]
     colours = [_OURS if not highlight or highlight in name else _THEIRS for name in names]
     bars = axes.barh(names, [values[name] for name in names], color=colours)
-    axes.bar_label(bars, fmt=_told, padding=3)
+    axes.bar_label(bars, fmt=partial(rounded, digits=3), padding=3)
     axes.margins(x=0.12)
     axes.set_xlabel(unit)
-
-
-def _told(number: float) -> str:
-    return f"{number:,.0f}" if number >= 1_000 else f"{number:.3g}"
 
 
 def _stacked(axes: Axes, rows: Mapping[str, Figures]) -> None:

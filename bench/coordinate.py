@@ -25,27 +25,17 @@ from schemas.records import (
     PageResult,
 )
 from transforms.coordinate import CoordinatePolicy, Coordinator, LaunchFacts, RunMemory
+from transforms.decide import page_result
 
 _RUN = RunId("coordinated")
 _AWAKE = timedelta(hours=1)
 
 
 def _result(order: PageOrder, now: datetime, until: datetime | None) -> PageResult:
-    later = () if until is None else (DeferGroup(Reason.QUIET_HOURS, until, order.ordinals),)
-    return PageResult(
-        order.tenant,
-        order.run,
-        order.leg,
-        order.snapshot,
-        order.shard,
-        order.page,
-        order.generation,
-        order.ordered_at,
-        now,
-        b"" if later else order.ordinals,
-        (),
-        later,
-    )
+    if until is None:
+        return page_result(order, now, order.ordinals, (), ())
+    put_off = DeferGroup(Reason.QUIET_HOURS, until, order.ordinals)
+    return page_result(order, now, b"", (), (put_off,))
 
 
 def _accepted(order: PageOrder, now: datetime) -> Outcomes:

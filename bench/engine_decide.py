@@ -64,9 +64,15 @@ def run() -> dict[str, float]:
         warm = audience(store, Path(folder), WARM, first=10_000_000)
         decide(where, "bench-warm", warm.snapshot, WARM, CAPS)
         # The first two have people of their own: nobody has a state that an earlier run left.
-        for number, (name, caps) in enumerate((("", CAPS), ("no_caps_", ()), ("again_", CAPS)), 2):
-            people = 2 if name == "again_" else number
-            built = audience(store, Path(folder), PEOPLE, first=people * 10_000_000)
-            found = decide(where, f"bench-{name}run", built.snapshot, PEOPLE, caps)
+        ours, others = (
+            audience(store, Path(folder), PEOPLE, first=number * 10_000_000).snapshot
+            for number in (2, 3)
+        )
+        for name, snapshot, caps in (
+            ("", ours, CAPS),
+            ("no_caps_", others, ()),
+            ("again_", ours, CAPS),
+        ):
+            found = decide(where, f"bench-{name}run", snapshot, PEOPLE, caps)
             figures |= {f"{name}{figure}": number for figure, number in found.items()}
     return figures

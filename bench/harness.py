@@ -50,18 +50,21 @@ COLUMNS = ("points", "city", "code", "offer", "link", "company", "expires")
 _SIZES = "FANFARE_BENCH_"
 """Variables of benchmarks. Others may be secrets, and results are committed."""
 _ANSWER = timedelta(minutes=5)
-"""Of the coordinator. Where the window is unlimited, a launch is answered when all are decided."""
-
-
+"""Of the coordinator: a launch is answered behind its first orders, as many as decide may have."""
 _WRITTEN = ("results.json", "charts", "profiles", "README.md")
 """What measurements change themselves, in the folder of the benchmarks."""
 
 
+def rounded(number: float, digits: int = 4) -> str:
+    """A figure for people: so many digits, and all of those before the point."""
+    return f"{number:,.0f}" if number >= 1_000 else f"{number:.{digits}g}"
+
+
 def _git(*words: str) -> str:
-    told = subprocess.run(
+    done = subprocess.run(
         ["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False
     )
-    return told.stdout.strip()
+    return done.stdout.strip()
 
 
 def _commit() -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.harness import RESULTS
+from bench.harness import RESULTS, rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,6 @@ BEGIN = "<!-- targets: python -m bench.targets -->\n"
 END = "<!-- end of targets -->\n"
 
 
-def _told(number: float) -> str:
-    return f"{number:,.0f}" if number >= 1_000 else f"{number:.4g}"
-
-
 def table(results: Mapping[str, Any]) -> str:
     """The targets with what ``bench/results.json`` says of them, as Markdown."""
     lines = [
@@ -78,10 +74,10 @@ def table(results: Mapping[str, Any]) -> str:
             continue
         about = results["about"][section]
         spread = about["spread"].get(figure)
-        told = "" if spread is None else f"{spread:.0%} of {about['runs']}"
+        spans = "" if spread is None else f"{spread:.0%} of {about['runs']}"
         met = "yes" if target.met(number) else "**no**"
         lines.append(
-            f"| `{name}` | {_told(number)} | {told} | {target} | {met} | {about['fanfare']} |"
+            f"| `{name}` | {rounded(number)} | {spans} | {target} | {met} | {about['fanfare']} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -14,7 +14,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from heapq import heapify, heappop, heappush
@@ -165,12 +165,13 @@ class RunMemory:
         self.put(key, replace(page, generation=order.generation, orders=(*page.orders, order)))
         heappush(self.given, (order.ordered_at, key, order.generation))
         if len(self.given) > 1_000 + 2 * sum(self.unanswered_by_leg.values()):
-            self.given = [one for one in self.given if self._unheard(one[1], one[2])]
+            self.given = [one for one in self.given if self.unheard(one[1], one[2])]
             heapify(self.given)
 
-    def _unheard(self, key: PageKey, generation: int) -> bool:
+    def unheard(self, key: PageKey, generation: int) -> OpenOrder | None:
+        """The page's order of this generation, if it is open and nothing was heard of it."""
         order = _order_of(self.pages.get(key), generation)
-        return order is not None and not order.heard
+        return order if order is not None and not order.heard else None
 
     def wake_at(self, key: PageKey, moment: datetime) -> None:
         """Remember that a page has a deferral until then."""
@@ -525,9 +526,7 @@ class Coordinator:
                 key = (leg.leg, shard, number)
                 page = self._page(key)
                 due = tuple(one for one in page.deferrals if one.wake <= now)
-                bits = 0
-                for deferral in due:
-                    bits |= bitmap_from(deferral.ordinals)
+                bits = _put_off(due)
                 if bits and not self._fits(leg.leg, bits.bit_count()):
                     break
                 heappop(wakes)
@@ -540,14 +539,13 @@ class Coordinator:
         whom they hold."""
         while given := self.memory.given:
             at, key, generation = given[0]
-            page = self.memory.pages.get(key)
-            order = _order_of(page, generation)
-            silent = page is not None and order is not None and not order.heard
-            if silent and now < at + self.silence:
+            order = self.memory.unheard(key, generation)
+            if order is not None and now < at + self.silence:
                 return
             heappop(given)
-            if page is not None and order is not None and silent:
+            if order is not None:
                 effects.silent += 1
+                page = self._page(key)
                 others = tuple(one for one in page.orders if one is not order)
                 yield key, replace(page, orders=others), bitmap_from(order.unresolved)
 
@@ -570,9 +568,7 @@ class Coordinator:
     ) -> None:
         """Give an order of the page's next generation."""
         run = self._run
-        generation = self._generation_after(key, page)
-        order = OpenOrder(generation, bitmap_bytes(bits), now, heard=False)
-        self.memory.give(key, page, order)
+        generation = self._open(key, page, bits, now)
         leg, shard, number = key
         effects.orders.append(
             PageOrder(
@@ -589,6 +585,13 @@ class Coordinator:
                 run.start_at,
             )
         )
+
+    def _open(self, key: PageKey, page: PageState, bits: int, now: datetime) -> int:
+        """Hold these recipients in an order of the page's next generation, which is returned."""
+        generation = self._generation_after(key, page)
+        order = OpenOrder(generation, bitmap_bytes(bits), now, heard=False)
+        self.memory.give(key, page, order)
+        return generation
 
     def _generation_after(self, key: PageKey, page: PageState) -> int:
         ordered_before = page.generation > 0 or key in self.memory.pages or self._passed(key)
@@ -647,9 +650,7 @@ class Coordinator:
                 _, number, shard = heappop(wakes)
                 key = (leg_id, shard, number)
                 page = self._page(key)
-                bits = 0
-                for deferral in page.deferrals:
-                    bits |= bitmap_from(deferral.ordinals)
+                bits = _put_off(page.deferrals)
                 if bits:
                     budget -= 1
                     self._closing(key, replace(page, deferrals=()), bits, now, effects)
@@ -665,9 +666,7 @@ class Coordinator:
         self, key: PageKey, page: PageState, bits: int, now: datetime, effects: Effects
     ) -> None:
         run = self._run
-        generation = self._generation_after(key, page)
-        order = OpenOrder(generation, bitmap_bytes(bits), now, heard=False)
-        self.memory.give(key, page, order)
+        generation = self._open(key, page, bits, now)
         cancelled = run.status is RunStatus.CANCELLED
         group = OutcomeGroup(
             outcome=Outcome.CANCELLED if cancelled else Outcome.EXPIRED,
@@ -785,10 +784,15 @@ def _later(run: RunState, now: datetime) -> int:
 
 
 def _held(page: PageState) -> int:
-    bits = 0
+    bits = _put_off(page.deferrals)
     for order in page.orders:
         bits |= bitmap_from(order.unresolved)
-    for deferral in page.deferrals:
+    return bits
+
+
+def _put_off(deferrals: Iterable[Deferral]) -> int:
+    bits = 0
+    for deferral in deferrals:
         bits |= bitmap_from(deferral.ordinals)
     return bits
 

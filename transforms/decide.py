@@ -457,7 +457,7 @@ def _assemble(
         for until_ms, members in sorted(admitted.items())
     )
     all_admitted = [i for members in admitted.values() for i in members]
-    result = _result(
+    result = page_result(
         order,
         now,
         _bitmap(all_admitted) if all_admitted else b"",
@@ -477,13 +477,14 @@ def _assemble(
     return PageDecision(result, sends, updates)
 
 
-def _result(
+def page_result(
     order: PageOrder,
     now: datetime,
     sends: bytes,
     skips: tuple[SkipGroup, ...],
     deferrals: tuple[DeferGroup, ...],
 ) -> PageResult:
+    """What is said of an order: whom it sends to, whom it skips and whom it puts off."""
     return PageResult(
         tenant=order.tenant,
         run=order.run,
@@ -507,7 +508,7 @@ def skip_page(order: PageOrder, reason: Reason, now: datetime) -> PageResult:
     """
     bits = bitmap_from(order.ordinals)
     skips = (SkipGroup(reason, bitmap_bytes(bits)),) if bits else ()
-    return _result(order, now, b"", skips, ())
+    return page_result(order, now, b"", skips, ())
 
 
 def defer_page(order: PageOrder, reason: Reason, now: datetime) -> PageResult:
@@ -521,7 +522,7 @@ def defer_page(order: PageOrder, reason: Reason, now: datetime) -> PageResult:
     step_ms = _LOOK_AGAIN // timedelta(milliseconds=1)
     until_ms = -(-to_millis(now + _LOOK_AGAIN) // step_ms) * step_ms
     put_off = DeferGroup(reason, from_millis(until_ms), bitmap_bytes(bits))
-    return _result(order, now, b"", (), (put_off,) if bits else ())
+    return page_result(order, now, b"", (), (put_off,) if bits else ())
 
 
 def fold_outcome(

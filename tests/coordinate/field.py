@@ -30,6 +30,7 @@ from transforms.coordinate import (
     PageKey,
     RunMemory,
 )
+from transforms.decide import page_result
 
 SPEC_ID = ObjectId("5" * 64)
 FINAL = (Outcome.ACCEPTED, Outcome.UNKNOWN, Outcome.FAILED, Outcome.EXPIRED, Outcome.CANCELLED)
@@ -130,19 +131,8 @@ class Field:
             bits = bitmap_bytes(bitmap_of(indexes))
             groups.append(DeferGroup(Reason.QUIET_HOURS, until, bits))
         skipped = SkipGroup(Reason.NO_CONSENT, bitmap_bytes(bitmap_of(skips)))
-        return PageResult(
-            order.tenant,
-            order.run,
-            order.leg,
-            order.snapshot,
-            order.shard,
-            order.page,
-            order.generation,
-            order.ordered_at,
-            self.now,
-            bitmap_bytes(sends),
-            (skipped,) if skips else (),
-            tuple(groups),
+        return page_result(
+            order, self.now, bitmap_bytes(sends), (skipped,) if skips else (), tuple(groups)
         )
 
     def outcomes(
